@@ -1,0 +1,135 @@
+"""Typed trees of frozen dataclasses: checking values, naming near misses, overriding fields by path."""
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from dsv3.config.errors import UserError
+
+
+def _matches(value: Any, annotation: Any) -> bool:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in arguments)
+    if origin is typing.Literal:
+        return value in arguments and type(value) in {type(option) for option in arguments}
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return all(_matches(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(_matches, value, arguments))
+    if annotation is type(None):
+        return value is None
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def _describe(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return "one of " + ", ".join(repr(option) for option in typing.get_args(annotation))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def check_types(config: Any) -> None:
+    """Raise `UserError` unless every field of the dataclass `config` has its annotated type."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _matches(value, hints[field.name]):
+            raise UserError(
+                f"{type(config).__name__}.{field.name} is {value!r}; expected {_describe(hints[field.name])}")
+
+
+class Node:
+    """Base of every config dataclass: types are checked first, then the subclass's own `validate`."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise `UserError` on values that cannot work together."""
+
+
+def _parse(text: str, annotation: Any, path: str) -> Any:
+    """Read `text` as a Python literal, or as a bare string where the annotation takes one."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    for candidate in (value, text):
+        if _matches(candidate, annotation):
+            return candidate
+    raise UserError(f"config.{path}={text!r} has the wrong type; expected {_describe(annotation)}")
+
+
+def _nearest(name: str, options: list[str]) -> str:
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(options)}"
+
+
+def _replace(node: Any, annotation: Any, overrides: Mapping[tuple[str, ...], str], path: str) -> Any:
+    if () in overrides:
+        if len(overrides) > 1:
+            raise UserError(f"config.{path} is set both as a whole and field by field; keep one")
+        return _parse(overrides[()], annotation, path)
+    if dataclasses.is_dataclass(node):
+        hints = typing.get_type_hints(type(node))
+        children = {field.name: (getattr(node, field.name), hints[field.name]) for field in dataclasses.fields(node)}
+    elif isinstance(node, tuple):
+        item = typing.get_args(annotation)[0]
+        children = {str(i): (value, item) for i, value in enumerate(node)}
+    else:
+        raise UserError(f"config.{path} is {node!r} and has no fields to set")
+    groups: dict[str, dict[tuple[str, ...], str]] = {}
+    for (head, *rest), text in overrides.items():
+        if head not in children:
+            where = f"config.{path}" if path else "config"
+            raise UserError(f"{where} has no field {head!r}; {_nearest(head, list(children))}")
+        groups.setdefault(head, {})[tuple(rest)] = text
+    changed = {
+        name: _replace(*children[name], group, f"{path}.{name}".strip("."))
+        for name, group in groups.items()
+    }
+    if isinstance(node, tuple):
+        return tuple(changed.get(name, value) for name, (value, _) in children.items())
+    return dataclasses.replace(node, **changed)
+
+
+def override[T](config: T, overrides: Mapping[str, str]) -> T:
+    """Return `config` with the fields at dotted paths replaced by parsed strings, all at once.
+
+    `override(config, {"train.steps": "200", "model.moe.n_routed_experts": "16"})`; items of a tuple are named by
+    their index (`train.learning_rate.0.end`). Values that are only valid together may be given together.
+
+    Raises `UserError` for an unknown field (naming the nearest), a wrong type, or an invalid combination.
+    """
+    if not overrides:
+        return config
+    return _replace(config, type(config), {tuple(path.split(".")): text for path, text in overrides.items()}, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The tree as plain dictionaries and lists: what `json.dumps` takes."""
+    return dataclasses.asdict(config)
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any], path: str = "") -> list[str]:
+    """Dotted paths, with both values, at which two `to_dict` trees differ."""
+    found = []
+    for name in sorted(set(left) | set(right)):
+        a, b = left.get(name), right.get(name)
+        where = f"{path}.{name}".strip(".")
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, where)
+        elif a != b:
+            found.append(f"{where}: {a!r} != {b!r}")
+    return found

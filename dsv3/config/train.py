@@ -1,0 +1,95 @@
+"""Hyper-parameters of pre-training (report section 4.2): schedules are tables over consumed tokens."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dsv3.config.errors import require
+from dsv3.config.schema import Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase(Node):
+    """One row of a schedule: from the end of the row before, up to (not including) `until` consumed tokens.
+
+    The value moves from `start` to `end` along `shape` (a constant row has equal ends).
+    """
+
+    until: float
+    start: float
+    end: float
+    shape: Literal["constant", "linear", "cosine"]
+
+    def validate(self) -> None:
+        require(self.until > 0, f"phase.until is {self.until}; expected a positive number of tokens")
+        require(self.shape != "constant" or self.start == self.end,
+                f"a constant phase has start {self.start} and end {self.end}; make them equal")
+        require(self.shape == "constant" or math.isfinite(self.until),
+                f"a {self.shape} phase needs a finite phase.until")
+
+
+
+def constant(value: float) -> tuple[Phase, ...]:
+    """The schedule that never changes."""
+    return (Phase(until=math.inf, start=value, end=value, shape="constant"),)
+
+
+def _check_schedule(name: str, schedule: tuple[Phase, ...]) -> None:
+    require(len(schedule) > 0, f"train.{name} is empty; give at least one phase")
+    ends = [phase.until for phase in schedule]
+    require(ends == sorted(set(ends)), f"train.{name}: phases end at {ends}; expected strictly increasing tokens")
+    require(ends[-1] == math.inf, f"train.{name}: the last phase ends at {ends[-1]}; expected inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Node):
+    """AdamW. Both moments are stored in `moment_dtype` (report section 3.3.3: bfloat16)."""
+
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    decay_norms: bool
+    clip_norm: float
+    moment_dtype: Literal["bfloat16", "float32"]
+
+    def validate(self) -> None:
+        for name in ("b1", "b2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name} is {getattr(self, name)}; expected 0 <= beta < 1")
+        require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; expected a positive norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Node):
+    """The run. `batch_size` counts sequences and is rounded down to whole multiples of `batch_increment`."""
+
+    steps: int
+    seq_len: int
+    micro_batch_size: int
+    batch_size: tuple[Phase, ...]
+    batch_increment: int
+    warmup_steps: int
+    learning_rate: tuple[Phase, ...]
+    bias_update_speed: tuple[Phase, ...]
+    mtp_lambda: tuple[Phase, ...]
+    balance_alpha: float
+    optimizer: OptimizerConfig
+    seed: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+    def validate(self) -> None:
+        for name in ("steps", "seq_len", "micro_batch_size", "batch_increment", "log_every", "eval_every",
+                     "checkpoint_every", "keep_checkpoints"):
+            require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; expected a positive number")
+        require(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}; expected 0 or more")
+        for name in ("batch_size", "learning_rate", "bias_update_speed", "mtp_lambda"):
+            _check_schedule(name, getattr(self, name))
+        require(self.batch_increment % self.micro_batch_size == 0,
+                f"train.batch_increment {self.batch_increment} is not divisible by "
+                f"train.micro_batch_size {self.micro_batch_size}")
+        smallest = min(min(phase.start, phase.end) for phase in self.batch_size)
+        require(smallest >= self.batch_increment,
+                f"train.batch_size falls to {smallest:g} sequences, below train.batch_increment {self.batch_increment}")

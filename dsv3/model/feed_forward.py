@@ -1,0 +1,75 @@
+"""The feed-forward half of a block: a dense SwiGLU, or DeepSeekMoE."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3.config import ModelConfig
+from dsv3.kernels.norm import rms_norm
+from dsv3.model import gate
+from dsv3.model.ops import ExpertWeights, Ops
+from dsv3.model.weights import gain, matrix
+
+
+class RouterStats(NamedTuple):
+    """What a MoE layer reports: pairs per expert over valid tokens, and its balance loss summed over sequences."""
+
+    load_E: jax.Array
+    balance: jax.Array
+
+
+class MLP(nn.Module):
+    """w_down(silu(w_gate h) * w_up h) of h = RMSNorm(x): the feed-forward of the first `n_dense_layers` layers."""
+
+    config: ModelConfig
+    ops: Ops
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+        norm = gain(self, "norm", c.dim)
+        gate_up = matrix(self, "gate_up", c.init_std, c.dim, 2 * c.inter_dim)
+        down = matrix(self, "down", c.init_std, c.inter_dim, c.dim)
+        hidden, = self.ops.norm_linear(("mlp.gate_up",), x_BTD, norm, (gate_up,), c.norm_eps)
+        return self.ops.swiglu_linear("mlp.down", hidden, down)
+
+
+class MoE(nn.Module):
+    """sum over chosen experts of weight * Expert(h) + Shared(h) of h = RMSNorm(x) (equations 12 to 16).
+
+    The selection bias lives in the collection `routing`, which no gradient and no weight decay ever sees.
+    """
+
+    config: ModelConfig
+    ops: Ops
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
+        c, init, d = self.config.moe, self.config.init_std, self.config.dim
+        norm = gain(self, "norm", d)
+        w_gate = matrix(self, "gate", init, d, c.n_routed_experts)
+        weights = ExpertWeights(
+            matrix(self, "experts_gate_up", init, c.n_routed_experts, d, 2 * c.moe_inter_dim),
+            matrix(self, "experts_down", init, c.n_routed_experts, c.moe_inter_dim, d))
+        bias_E = None
+        if c.selection_bias:
+            bias_E = self.variable("routing", "bias", jnp.zeros, (c.n_routed_experts,), jnp.float32).value
+
+        h_BTD = rms_norm(x_BTD, norm, self.config.norm_eps)
+        h_TD = h_BTD.reshape(-1, d)
+        scores_TE = checkpoint_name(gate.scores(h_TD, w_gate, c), "moe.scores")
+        routes = gate.route(scores_TE, bias_E, c)
+        rows_JD, sizes_E, plan = self.ops.dispatch(h_TD, routes.topk_TK, c.n_routed_experts)
+        rows_JD = self.ops.experts(rows_JD, sizes_E, weights)
+        y_BTD = self.ops.combine(rows_JD, plan, routes.weights_TK).reshape(x_BTD.shape)
+        if c.n_shared_experts > 0:
+            width = c.n_shared_experts * c.moe_inter_dim
+            shared = self.ops.linear("shared.gate_up", h_BTD, matrix(self, "shared_gate_up", init, d, 2 * width))
+            y_BTD += self.ops.swiglu_linear("shared.down", shared, matrix(self, "shared_down", init, width, d))
+        stats = RouterStats(
+            gate.expert_counts(routes.topk_TK, valid_BT.reshape(-1), c.n_routed_experts),
+            gate.balance_loss(scores_TE.reshape(*valid_BT.shape, -1), valid_BT, c))
+        return y_BTD, stats

@@ -1,0 +1,89 @@
+"""Models small enough to check by hand, in every shape of the family, and inputs for them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, YarnConfig
+from dsv3.model.batch import Batch
+from dsv3.model.ops import reference_ops
+from dsv3.model.transformer import Transformer
+
+YARN = YarnConfig(factor=40.0, original_seq_len=16, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
+
+
+def model_config(attention: dict = {}, moe: dict = {}, mtp: dict = {}, **changes) -> ModelConfig:
+    """A V3 in miniature (two dense and three MoE layers are too many: one and two), with fields changed."""
+    defaults = dict(
+        vocab_size=61, dim=24, inter_dim=40, n_layers=3, n_dense_layers=1, norm_eps=1e-6, init_std=0.2,
+        dtype="float32", remat="none",
+        attention=AttentionConfig(**dict(
+            n_heads=3, q_lora_rank=14, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5,
+            rope_theta=100.0, yarn=None) | attention),
+        moe=MoEConfig(**dict(
+            n_routed_experts=8, n_shared_experts=1, n_activated_experts=3, n_expert_groups=4, n_limited_groups=2,
+            moe_inter_dim=12, score_func="sigmoid", selection_bias=True, norm_topk_prob=True, route_scale=2.5) | moe),
+        mtp=MTPConfig(**dict(depth=1, eh_order="embedding_first", hidden="post_norm") | mtp))
+    return ModelConfig(**(defaults | changes))
+
+
+V2 = dict(score_func="softmax", selection_bias=False, norm_topk_prob=False, n_shared_experts=2)
+
+FAMILY = {
+    "v3": model_config(),
+    "v3_yarn": model_config(attention=dict(yarn=YARN)),
+    "yarn_unequal_mscale": model_config(attention=dict(yarn=dataclasses.replace(YARN, mscale_all_dim=0.707))),
+    "no_query_compression": model_config(attention=dict(q_lora_rank=None)),
+    "one_group": model_config(moe=dict(n_expert_groups=1, n_limited_groups=1, route_scale=2.446)),
+    "v2_greedy": model_config(
+        attention=dict(q_lora_rank=None), mtp=dict(depth=0),
+        moe=V2 | dict(n_expert_groups=1, n_limited_groups=1, route_scale=1.0)),
+    "v2_groups": model_config(moe=V2 | dict(route_scale=16.0)),
+    "no_shared_expert": model_config(moe=dict(n_shared_experts=0)),
+    "all_dense_trunk": model_config(n_dense_layers=3),
+    "no_dense_layer": model_config(n_dense_layers=0, n_layers=2),
+    "mtp_depth_two": model_config(mtp=dict(depth=2)),
+    "mtp_hidden_first_pre_norm": model_config(mtp=dict(depth=2, eh_order="hidden_first", hidden="pre_norm")),
+}
+
+
+def transformer(config: ModelConfig) -> Transformer:
+    return Transformer(config, reference_ops(row_block=4, loss_chunk=8))
+
+
+def random_variables(config: ModelConfig, seed: int = 0) -> dict:
+    """Variables drawn with NumPy (nothing to compile), norm gains and selection biases away from trivial values."""
+    shapes = jax.eval_shape(transformer(config).init, jax.random.key(0), random_batch(config))
+    leaves, tree = jax.tree.flatten_with_path(shapes)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name, noise = path[-1].key, rng.standard_normal(leaf.shape)
+        if name.endswith("norm"):
+            value = 1 + 0.3 * noise
+        elif name == "bias":
+            value = 0.4 * noise - 0.5
+        else:
+            value = config.init_std * noise
+        return jnp.asarray(value, leaf.dtype)
+
+    return jax.tree.unflatten(tree, [draw(path, leaf) for path, leaf in leaves])
+
+
+def random_batch(config: ModelConfig, batch: int = 2, length: int = 12, seed: int = 1) -> Batch:
+    """Two rows: several segments each, the second with padding at its end."""
+    rng = np.random.default_rng(seed)
+    row = rng.integers(0, config.vocab_size, (batch, length + 1)).astype(np.int32)
+    segments = np.sort(rng.integers(1, 4, (batch, length)), axis=1).astype(np.int32)
+    segments[-1, length - 3:] = 0
+    weights = (segments > 0).astype(np.float32)
+    weights[:, 3] = 0
+    return Batch(*map(jnp.asarray, (row[:, :-1], row[:, 1:], weights, segments)))
+
+
+def distance(actual, expected) -> float:
+    """|actual - expected| / |expected|, as norms over all elements."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
