@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from dsv3.config.data import DataConfig
 from dsv3.config.errors import UserError, require
 from dsv3.config.model import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, YarnConfig
-from dsv3.config.schema import Node, differences, override, to_dict
+from dsv3.config.schema import Node, differences, from_dict, override, to_dict
 from dsv3.config.train import OptimizerConfig, Phase, TrainConfig, constant
 
 __all__ = [
     "AttentionConfig", "Config", "DataConfig", "ModelConfig", "MoEConfig", "MTPConfig", "OptimizerConfig", "Phase",
-    "TrainConfig", "UserError", "YarnConfig", "constant", "differences", "override", "require", "to_dict",
+    "TrainConfig", "UserError", "YarnConfig", "constant", "differences", "from_dict", "override", "require",
+    "to_dict",
 ]
 
 

@@ -122,6 +122,24 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def from_dict[T](annotation: type[T], data: Any) -> T:
+    """The inverse of `to_dict`, also after a round trip through JSON: rebuilds and validates the dataclass tree.
+
+    Raises `UserError` for a missing or unknown field.
+    """
+    if dataclasses.is_dataclass(annotation):
+        hints = typing.get_type_hints(annotation)
+        if set(data) != set(hints):
+            raise UserError(f"{annotation.__name__} has fields {sorted(hints)}, but was given {sorted(data)}")
+        return annotation(**{name: from_dict(hint, data[name]) for name, hint in hints.items()})
+    arguments = typing.get_args(annotation)
+    if isinstance(data, (list, tuple)):
+        return tuple(from_dict(arguments[0], item) for item in data)
+    if isinstance(data, Mapping):
+        return from_dict(next(option for option in arguments if dataclasses.is_dataclass(option)), data)
+    return data
+
+
 def differences(left: Mapping[str, Any], right: Mapping[str, Any], path: str = "") -> list[str]:
     """Dotted paths, with both values, at which two `to_dict` trees differ."""
     found = []

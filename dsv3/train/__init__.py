@@ -1,0 +1,1 @@
+"""Rank 6: schedules, optimizer, the step, the loop, checkpoints and metrics."""

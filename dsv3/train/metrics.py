@@ -1,0 +1,78 @@
+"""What a run writes while it trains: `metrics.jsonl` (one line a step) and TensorBoard scalars."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from dsv3.train.step import StepMetrics
+
+
+def step_record(metrics: StepMetrics) -> dict[str, Any]:
+    """A step's metrics as JSON values: scalars, and lists per MTP depth and per layer."""
+    m = StepMetrics(*(np.asarray(value) for value in metrics))
+    return {
+        "loss": float(m.loss),
+        "mtp_loss": m.mtp_loss_D.tolist(),
+        "mtp_agreement": m.mtp_agreement_D.tolist(),
+        "balance_loss": float(m.balance),
+        "gradient_norm": float(m.gradient_norm),
+        "max_vio": m.max_vio_L.tolist(),
+        "load": m.load_LE.tolist(),
+    }
+
+
+class MetricsWriter:
+    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`. Use as a context manager.
+
+    Opening at `step` drops the lines that an interrupted run had written beyond the checkpoint it continues from.
+    """
+
+    def __init__(self, workdir: Path, step: int) -> None:
+        path = workdir / "metrics.jsonl"
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One line; numbers, and lists of numbers by index, also become TensorBoard scalars (loads do not)."""
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, record["step"])
+            elif name != "load":
+                for index, item in enumerate(value):
+                    self._board.add_scalar(f"{name}/{index}", item, record["step"])
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._board.flush()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; none if it does not exist, and not a last line that was cut off."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def mean_of(records: list[dict[str, Any]], name: str) -> float:
+    """The mean of a scalar over the records that have it, NaN if none has."""
+    values = [record[name] for record in records if name in record]
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,34 @@
+"""Model FLOP utilisation: useful arithmetic per second over what the device could do."""
+
+import time
+
+import jax
+
+PEAK_FLOPS = {
+    "NVIDIA H100": 989.5e12,
+    "NVIDIA H200": 989.5e12,
+    "NVIDIA H800": 989.5e12,
+}
+"""Dense bfloat16 peaks by device kind (NVIDIA's data sheets); MFU is against bfloat16 also where products are FP8."""
+
+
+def measured_matmul_flops(size: int = 1024, repeats: int = 10) -> float:
+    """FLOP/s of a float32 matrix product on the default device: stands in for a peak where none is published."""
+    a = jax.random.normal(jax.random.key(0), (size, size))
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size ** 3 / min(times)
+
+
+def peak_flops() -> float:
+    """FLOP/s of the default device: the data sheet's for a known GPU, measured with a matrix product otherwise."""
+    kind = jax.devices()[0].device_kind
+    for name, flops in PEAK_FLOPS.items():
+        if kind.startswith(name):
+            return flops
+    return measured_matmul_flops()

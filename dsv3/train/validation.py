@@ -1,0 +1,45 @@
+"""Validation: bits per raw byte of held-out text, with MTP agreement and expert load on the same windows."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import numpy as np
+
+from dsv3.config import Config
+from dsv3.data.prepare import Prepared
+from dsv3.data.validation import bits_per_byte, windows
+from dsv3.model.transformer import Losses, Transformer
+from dsv3.parallel.balance import max_violation, stack_loads
+
+
+class Validation(NamedTuple):
+    """`bits_per_byte` as docs/data.md defines it; agreement per MTP depth; MaxVio and load per MoE layer."""
+
+    bits_per_byte: float
+    mtp_agreement: list[float]
+    max_vio: list[float]
+    load: list[list[int]]
+
+
+def make_validation(
+    model: Transformer, config: Config, prepared: Prepared,
+) -> Callable[[chex.ArrayTree, chex.ArrayTree], Validation]:
+    """A function of (params, routing) that scores the prepared validation documents."""
+    documents = [tokens for tokens, _ in prepared.validation_documents]
+    n_bytes = sum(size for _, size in prepared.validation_documents)
+    evaluate = jax.jit(lambda params, routing, batch: model.apply({"params": params, "routing": routing}, batch))
+
+    def validate(params: chex.ArrayTree, routing: chex.ArrayTree) -> Validation:
+        batches = windows(documents, config.train.seq_len, config.data.eval_stride, config.train.micro_batch_size)
+        losses: list[Losses] = jax.device_get([evaluate(params, routing, batch) for batch in batches])
+        total: Any = jax.tree.map(lambda *parts: np.sum(np.stack(parts), axis=0, dtype=np.float64), *losses)
+        load_LE = stack_loads(total.load)
+        return Validation(
+            bits_per_byte(total.main, n_bytes),
+            (total.agree_D / np.maximum(total.mtp_tokens_D, 1)).tolist(),
+            np.asarray(max_violation(load_LE)).tolist(),
+            np.asarray(load_LE, np.int64).tolist())
+
+    return validate
