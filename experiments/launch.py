@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, logging
 
 from dsv3.config import Config, UserError, override, require
 
@@ -41,4 +41,5 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 
-    app.run(checked, argv=rest, flags_parser=flags.FLAGS)
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
+    app.run(checked, argv=rest)

@@ -19,14 +19,16 @@ def causal_attention(
     The softmax is taken in float32. With `segment_ids_BT`, a position sees only its own segment.
     Materialises the [B, H, T, T] scores: the reference, and what a CPU runs. Returns o_BTHU.
     """
-    scores = jnp.einsum("bthn,bshn->bhts", q_nope_BTHN, k_nope_BTHN, preferred_element_type=jnp.float32)
-    scores += jnp.einsum("bthr,bsr->bhts", q_rope_BTHR, k_rope_BTR, preferred_element_type=jnp.float32)
-    length = scores.shape[-1]
+    shared_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None], q_rope_BTHR.shape)
+    q = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1).transpose(0, 2, 1, 3)
+    k = jnp.concatenate([k_nope_BTHN, shared_BTHR], axis=-1).transpose(0, 2, 1, 3)
+    scores_BHTT = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    length = scores_BHTT.shape[-1]
     visible = jnp.tril(jnp.ones((1, 1, length, length), bool))
     if segment_ids_BT is not None:
         visible &= (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
-    probabilities = jax.nn.softmax(jnp.where(visible, scores * scale, -jnp.inf), axis=-1)
-    return jnp.einsum("bhts,bshu->bthu", probabilities.astype(v_BTHU.dtype), v_BTHU)
+    probabilities = jax.nn.softmax(scores_BHTT * scale + jnp.where(visible, 0.0, -jnp.inf), axis=-1)
+    return jnp.matmul(probabilities.astype(v_BTHU.dtype), v_BTHU.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
 
 
 def latent_attention(
@@ -42,7 +44,7 @@ def latent_attention(
 
     Returns the context in latent space, [B, T, H, C].
     """
-    scores = jnp.einsum("bthc,bsc->bhts", q_latent_BTHC, c_kv_BSC, preferred_element_type=jnp.float32)
-    scores += jnp.einsum("bthr,bsr->bhts", q_rope_BTHR, k_rope_BSR, preferred_element_type=jnp.float32)
-    probabilities = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores * scale, -jnp.inf), axis=-1)
+    scores_BHTS = jnp.einsum("bthc,bsc->bhts", q_latent_BTHC, c_kv_BSC, preferred_element_type=jnp.float32)
+    scores_BHTS += jnp.einsum("bthr,bsr->bhts", q_rope_BTHR, k_rope_BSR, preferred_element_type=jnp.float32)
+    probabilities = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores_BHTS * scale, -jnp.inf), axis=-1)
     return jnp.einsum("bhts,bsc->bthc", probabilities.astype(c_kv_BSC.dtype), c_kv_BSC)
