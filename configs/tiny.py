@@ -28,7 +28,7 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             vocab_size=2048, dim=192, inter_dim=512, n_layers=4, n_dense_layers=1, norm_eps=1e-6, init_std=0.02,
-            dtype="float32", remat="none",
+            dtype="float32", remat="report",
             attention=AttentionConfig(
                 n_heads=4, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
                 rope_theta=10000.0, yarn=None),
@@ -46,7 +46,10 @@ def get_config() -> Config:
                 Phase(until=0.3 * TOKENS, start=3e-3, end=3e-3, shape="constant"),
                 Phase(until=TOKENS, start=3e-3, end=3e-4, shape="cosine"),
                 Phase(until=math.inf, start=3e-4, end=3e-4, shape="constant")),
-            bias_update_speed=constant(0.01),
+            bias_update_speed=(  # the report's 0.001 moves too slowly for a run this short
+                Phase(until=0.6 * TOKENS, start=0.01, end=0.01, shape="constant"),
+                Phase(until=TOKENS, start=0.01, end=0.001, shape="cosine"),
+                Phase(until=math.inf, start=0.001, end=0.001, shape="constant")),
             mtp_lambda=constant(0.3),
             balance_alpha=1e-4,
             optimizer=OptimizerConfig(

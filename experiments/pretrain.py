@@ -10,13 +10,17 @@ from pathlib import Path
 
 from absl import flags
 
+from dsv3.config import Config
 from dsv3.evaluation.baselines import bigram_bits, xz_bits
+from dsv3.inference.text import continue_text
 from dsv3.model.ops import reference_ops
 from dsv3.train.loop import Result, train
 from experiments import launch
+from experiments.report import results_table
 
 CONFIG = flags.DEFINE_string("config", None, "Python file whose get_config() returns the experiment", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, plots", required=True)
+PROMPT = flags.DEFINE_string("prompt", "def ", "text that the sample printed at the end continues")
 
 
 def results(result: Result, seconds: float) -> dict:
@@ -30,8 +34,19 @@ def results(result: Result, seconds: float) -> dict:
         "xz_bits_per_byte": xz_bits(prepared.validation_text),
         "max_vio": validation.max_vio,
         "mtp_agreement": validation.mtp_agreement,
+        "mtp_chance": validation.mtp_chance,
+        "tokens_per_second": result.tokens_per_second,
         "seconds": seconds,
     }
+
+
+def sample(config: Config, result: Result, prompt: str) -> str:
+    """A short continuation of `prompt`, at a temperature low enough to show what was learnt."""
+    variables = {"params": result.state.params, "routing": result.state.routing}
+    pieces = continue_text(
+        config.model, reference_ops(row_block=8), variables, result.prepared.tokenizer, prompt,
+        cache_length=config.train.seq_len, max_new_tokens=100, temperature=0.3, top_p=0.95)
+    return prompt + "".join(pieces)
 
 
 def main(overrides: Sequence[str]) -> None:
@@ -41,7 +56,9 @@ def main(overrides: Sequence[str]) -> None:
     result = train(config, workdir, reference_ops())
     summary = results(result, time.perf_counter() - start)
     (workdir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    print(f"\nA sample after step {summary['step']}:\n\n{sample(config, result, PROMPT.value)}\n")
+    print(f"Results ({workdir / 'results.json'}; plots {workdir / 'loss.png'}, {workdir / 'expert_load.png'}):\n")
+    print(results_table(summary))
 
 
 if __name__ == "__main__":

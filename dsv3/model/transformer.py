@@ -24,7 +24,7 @@ class Losses(NamedTuple):
     `main` and `mtp_D` are weighted sums of nats; `balance` sums layers and sequences. `load` maps every stack of MoE
     layers to its pairs per expert ([L, E], or [E] for an MTP module), in the order of the `routing` collection.
     `agree_D` counts positions where depth k's argmax equals the main model's argmax for the same token, out of
-    `mtp_tokens_D`.
+    `mtp_tokens_D`; `chance_D` counts the same after the main model's guesses were put in reverse order.
     """
 
     main: jax.Array
@@ -34,6 +34,7 @@ class Losses(NamedTuple):
     sequences: jax.Array
     load: dict[str, jax.Array]
     agree_D: jax.Array
+    chance_D: jax.Array
     mtp_tokens_D: jax.Array
 
 
@@ -114,13 +115,14 @@ class Transformer(nn.Module):
         normed_BTD = self.final_norm(x_BTD)
         main = self._head_loss(normed_BTD, batch.targets_BT, batch.weights_BT)
         main_argmax_BT = main.argmax_T.reshape(batch.tokens_BT.shape)
-        mtp, agree, counted = [], [], []
+        mtp, agree, chance, counted = [], [], [], []
         ahead = self.predict_ahead(self.first_hidden(x_BTD, normed_BTD), batch, context)
         for depth, (inputs, deeper_BTD, mtp_stats) in enumerate(ahead, start=1):
             loss = self._head_loss(deeper_BTD, inputs.targets_BT, inputs.weights_BT)
-            same_BT = loss.argmax_T.reshape(batch.tokens_BT.shape) == shift_left(main_argmax_BT, depth)
+            argmax_BT = loss.argmax_T.reshape(batch.tokens_BT.shape)
             mtp.append(loss.total)
-            agree.append(jnp.sum(same_BT * inputs.weights_BT))
+            agree.append(jnp.sum((argmax_BT == shift_left(main_argmax_BT, depth)) * inputs.weights_BT))
+            chance.append(jnp.sum((argmax_BT == main_argmax_BT[::-1, ::-1]) * inputs.weights_BT))
             counted.append(jnp.sum(inputs.weights_BT))
             stats |= {f"mtp_{depth - 1}": mtp_stats}
         return Losses(
@@ -131,6 +133,7 @@ class Transformer(nn.Module):
             sequences=jnp.sum(jnp.any(context.valid_BT, axis=1), dtype=jnp.float32),
             load={name: run.load_E for name, run in stats.items()},
             agree_D=jnp.array(agree, jnp.float32),
+            chance_D=jnp.array(chance, jnp.float32),
             mtp_tokens_D=jnp.array(counted, jnp.float32))
 
     def _head_loss(self, normed_BTD, targets_BT, weights_BT):

@@ -19,7 +19,7 @@ from dsv3.model.ops import Ops
 from dsv3.model.transformer import Transformer
 from dsv3.train import schedule
 from dsv3.train.checkpoint import Checkpoint, Checkpoints, Progress, placed
-from dsv3.train.metrics import MetricsWriter, read_metrics, step_record
+from dsv3.train.metrics import MetricsWriter, mean_of, read_metrics, step_record
 from dsv3.train.plots import plot_expert_load, plot_loss
 from dsv3.train.step import Knobs, TrainState, init_state, make_train_step
 from dsv3.train.throughput import peak_flops
@@ -30,11 +30,12 @@ MAY_CHANGE = ("train.steps", "train.log_every", "train.eval_every", "train.check
 
 
 class Result(NamedTuple):
-    """What `train` returns: the final state, its validation, and the data that it read."""
+    """What `train` returns: the final state, its validation, the data that it read, and the mean speed of its steps."""
 
     state: TrainState
     validation: Validation
     prepared: Prepared
+    tokens_per_second: float
 
 
 def open_workdir(workdir: Path, config: Config) -> None:
@@ -121,7 +122,8 @@ def train(config: Config, workdir: Path, ops: Ops) -> Result:
     records = list(read_metrics(workdir / "metrics.jsonl"))
     plot_loss(records, workdir / "loss.png")
     plot_expert_load(records, workdir / "expert_load.png")
-    return Result(state, validate(state.params, state.routing) if run.validation is None else run.validation, prepared)
+    validation = run.validation or validate(state.params, state.routing)
+    return Result(state, validation, prepared, mean_of(records, "tokens_per_second"))
 
 
 def _start(config, model, loader, checkpoints) -> tuple[TrainState, int]:

@@ -27,8 +27,8 @@ def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
     dtype = jnp.dtype(config.moment_dtype)
 
     def init(params):
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
-        return AdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+        zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
+        return AdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
     def update(grads, state, params=None):
         del params

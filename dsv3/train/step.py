@@ -98,7 +98,7 @@ def make_train_step(
         load_LE = stack_loads(losses.load)
         metrics = StepMetrics(
             loss=main, mtp_loss_D=mtp_D, mtp_agreement_D=losses.agree_D / jnp.maximum(losses.mtp_tokens_D, 1),
-            balance=balance, gradient_norm=optax.global_norm(grads), load_LE=load_LE,
+            balance=balance, gradient_norm=optax.tree.norm(grads), load_LE=load_LE,
             max_vio_L=max_violation(load_LE))
         return TrainState(state.step + 1, params, routing, opt_state), metrics
 

@@ -15,10 +15,15 @@ from dsv3.parallel.balance import max_violation, stack_loads
 
 
 class Validation(NamedTuple):
-    """`bits_per_byte` as docs/data.md defines it; agreement per MTP depth; MaxVio and load per MoE layer."""
+    """`bits_per_byte` as docs/data.md defines it; MaxVio and load per MoE layer.
+
+    `mtp_agreement` is the share of positions at which an MTP depth guesses the token that the main model will guess,
+    and `mtp_chance` that share when the two are compared at unrelated positions.
+    """
 
     bits_per_byte: float
     mtp_agreement: list[float]
+    mtp_chance: list[float]
     max_vio: list[float]
     load: list[list[int]]
 
@@ -36,9 +41,11 @@ def make_validation(
         losses: list[Losses] = jax.device_get([evaluate(params, routing, batch) for batch in batches])
         total: Any = jax.tree.map(lambda *parts: np.sum(np.stack(parts), axis=0, dtype=np.float64), *losses)
         load_LE = stack_loads(total.load)
+        counted_D = np.maximum(total.mtp_tokens_D, 1)
         return Validation(
             bits_per_byte(total.main, n_bytes),
-            (total.agree_D / np.maximum(total.mtp_tokens_D, 1)).tolist(),
+            (total.agree_D / counted_D).tolist(),
+            (total.chance_D / counted_D).tolist(),
             np.asarray(max_violation(load_LE)).tolist(),
             np.asarray(load_LE, np.int64).tolist())
 

@@ -1,0 +1,61 @@
+"""A DeepSeek-V3 of 1.0B parameters, 0.2B of them activated, for one H100 in bfloat16.
+
+Source: ours; the report's recipe (section 4.2), its 14.8T tokens mapped to 3.75B and its rates scaled to this width.
+Size: 1,006,441,984 parameters and biases, of which a token activates 196,941,312 (head included, embedding not); the
+MTP module adds 82,024,256. Training state: float32 masters and gradients with bfloat16 moments, 13 GB.
+Command: python -m experiments.pretrain --config=configs/small_moe.py --workdir=runs/small_moe --config.data.path=CORPUS
+CORPUS is a directory of text: the standard library, which `path=None` reads, is far too small for 3.75B tokens.
+Expected time and result: not measured. A token costs 1.6 GFLOP, so the run takes 5.6 hours at 30% of an H100's peak.
+"""
+
+import math
+
+from dsv3.config import (AttentionConfig, Config, DataConfig, ModelConfig, MoEConfig, MTPConfig, OptimizerConfig, Phase,
+                         TrainConfig)
+
+STEPS, BATCH, LENGTH = 30_000, 64, 2048
+TOKENS = STEPS * BATCH * LENGTH
+
+
+def of_report(trillions: float) -> float:
+    """The token of this run that lies as far along as `trillions` does in the report's 14.8T."""
+    return TOKENS * trillions / 14.8
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(
+            vocab_size=16384, dim=1024, inter_dim=3456, n_layers=13, n_dense_layers=1, norm_eps=1e-6, init_std=0.006,
+            dtype="bfloat16", remat="report",
+            attention=AttentionConfig(
+                n_heads=16, q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
+                rope_theta=10000.0, yarn=None),
+            moe=MoEConfig(
+                n_routed_experts=64, n_shared_experts=1, n_activated_experts=8, n_expert_groups=8, n_limited_groups=4,
+                moe_inter_dim=384, score_func="sigmoid", selection_bias=True, norm_topk_prob=True, route_scale=2.5),
+            mtp=MTPConfig(depth=1, eh_order="embedding_first", hidden="post_norm")),
+        data=DataConfig(
+            path=None, pattern="**/*.txt", validation_fraction=0.01, tokenizer="bpe", bpe_vocab_size=16384,
+            fim_rate=0.1, segment_ids=False, eval_bytes=2_000_000, eval_stride=1024, seed=0),
+        train=TrainConfig(
+            steps=STEPS, seq_len=LENGTH, micro_batch_size=16, batch_increment=16,
+            batch_size=(
+                Phase(until=of_report(0.469), start=BATCH // 4, end=BATCH, shape="linear"),
+                Phase(until=math.inf, start=BATCH, end=BATCH, shape="constant")),
+            warmup_steps=1000,
+            learning_rate=(
+                Phase(until=of_report(10.0), start=8e-4, end=8e-4, shape="constant"),
+                Phase(until=of_report(14.3), start=8e-4, end=8e-5, shape="cosine"),
+                Phase(until=of_report(14.633), start=8e-5, end=8e-5, shape="constant"),
+                Phase(until=math.inf, start=2.7e-5, end=2.7e-5, shape="constant")),
+            bias_update_speed=(
+                Phase(until=of_report(14.3), start=1e-3, end=1e-3, shape="constant"),
+                Phase(until=math.inf, start=0.0, end=0.0, shape="constant")),
+            mtp_lambda=(
+                Phase(until=of_report(10.0), start=0.3, end=0.3, shape="constant"),
+                Phase(until=math.inf, start=0.1, end=0.1, shape="constant")),
+            balance_alpha=1e-4,
+            optimizer=OptimizerConfig(
+                b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, decay_norms=False, clip_norm=1.0,
+                moment_dtype="bfloat16"),
+            seed=0, log_every=20, eval_every=1000, checkpoint_every=1000, keep_checkpoints=2))

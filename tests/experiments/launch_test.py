@@ -1,0 +1,55 @@
+"""The command line as users meet it: real processes, exit codes, one-line errors."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from small_runs import small_overrides, write_corpus
+
+
+def run(module, *arguments):
+    """The finished process of `python -m experiments.MODULE ...`."""
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *arguments], capture_output=True, text=True, timeout=240,
+        env=os.environ | {"PYTHONPATH": "."})
+
+
+def flags(overrides):
+    return [f"--config.{name}={value}" for name, value in overrides.items()]
+
+
+@pytest.mark.slow
+def test_train_continue_and_generate(tmp_path):
+    """The README's three commands in miniature."""
+    arguments = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}",
+                 *flags(small_overrides(write_corpus(tmp_path / "text")))]
+    first = run("pretrain", *arguments)
+    assert first.returncode == 0, first.stderr
+    assert "bits per byte" in first.stdout and "bigram" in first.stdout and "xz" in first.stdout
+    again = run("pretrain", *arguments, "--config.train.log_every=1")
+    assert again.returncode == 0, again.stderr
+    text = run("generate", f"--workdir={tmp_path / 'run'}", "--prompt=def alpha", "--max_new_tokens=12")
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.startswith("def alpha") and len(text.stdout) > len("def alpha\n")
+    long = run("generate", f"--workdir={tmp_path / 'run'}", f"--prompt={'x' * 40}")
+    assert long.returncode == 1 and one_line(long.stderr) and "cache" in long.stderr
+
+
+def one_line(stderr):
+    return stderr.startswith("error: ") and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module, arguments, words", [
+    ("pretrain", ["--config=configs/tiny.py", "--workdir=unused", "--config.train.stepz=3"], "did you mean 'steps'"),
+    ("pretrain", ["--config=configs/tiny.py", "--workdir=unused", "--config.model.dim=wide"], "wrong type"),
+    ("pretrain", ["--config=configs/tiny.py", "--workdir=unused", "--config.model.moe.n_expert_groups=3"], "divisible"),
+    ("pretrain", ["--config=configs/none.py", "--workdir=unused"], "is not a file"),
+    ("pretrain", ["--config=configs/tiny.py", "--workdir=setup.cfg/run"], "--workdir"),
+    ("generate", ["--workdir=nowhere"], "holds no checkpoint"),
+])
+def test_a_mistake_is_one_line_and_exit_status_1(module, arguments, words):
+    process = run(module, *arguments)
+    assert process.returncode == 1
+    assert one_line(process.stderr) and words in process.stderr, process.stderr
+    assert "Traceback" not in process.stdout + process.stderr

@@ -1,0 +1,44 @@
+"""Runs that take seconds: a corpus of a few generated Python files and a model of a few thousand parameters."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dsv3.config import Config, override
+from experiments.launch import load_config
+
+SMALL = {
+    "model.vocab_size": "300", "model.dim": "24", "model.inter_dim": "32", "model.n_layers": "2",
+    "model.remat": "none", "model.attention.n_heads": "2", "model.attention.q_lora_rank": "16",
+    "model.attention.kv_lora_rank": "16", "model.attention.qk_nope_head_dim": "8",
+    "model.attention.qk_rope_head_dim": "8", "model.attention.v_head_dim": "8", "model.moe.moe_inter_dim": "16",
+    "data.tokenizer": "bytes", "data.validation_fraction": "0.2", "data.eval_bytes": "600", "data.eval_stride": "16",
+    "train.seq_len": "32", "train.micro_batch_size": "2", "train.batch_increment": "4",
+    "train.batch_size.0.start": "4", "train.batch_size.0.end": "4",
+    "train.steps": "6", "train.log_every": "2", "train.eval_every": "4", "train.checkpoint_every": "3",
+}
+
+
+def write_corpus(directory: Path, files: int = 24) -> Path:
+    """Small functions over random names, so that there is something to learn."""
+    rng = np.random.default_rng(0)
+    names = ["alpha", "beta", "gamma", "delta", "value", "total"]
+    directory.mkdir(parents=True)
+    for index in range(files):
+        a, b, c = rng.choice(names, 3)
+        lines = [f"def {a}_{index}({b}, {c}):", f"    {a} = {b} + {c} * {rng.integers(100)}", f"    return {a}", ""]
+        (directory / f"module_{index}.py").write_text("\n".join(lines * 4))
+    return directory
+
+
+def small_overrides(corpus: Path, **more: str) -> dict[str, str]:
+    return SMALL | {"data.path": str(corpus)} | more
+
+
+def small_config(corpus: Path, **more: str) -> Config:
+    return override(load_config("configs/tiny.py", []), small_overrides(corpus, **more))
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

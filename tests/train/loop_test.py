@@ -1,0 +1,115 @@
+"""Whole runs: what they leave behind, and that stopping and continuing changes nothing."""
+
+import dataclasses
+import json
+
+import chex
+import numpy as np
+import pytest
+from small_runs import read_lines, small_config, write_corpus
+
+from dsv3.config import UserError
+from dsv3.model.ops import reference_ops
+from dsv3.train.loop import train
+
+OPS = reference_ops(row_block=8, loss_chunk=64)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+def with_steps(config, steps):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
+@pytest.mark.slow
+def test_forty_steps_equal_twenty_and_a_stop_and_twenty_more(corpus, tmp_path):
+    """Bit for bit: parameters, routing, moments, and every metric of every step."""
+    config = small_config(corpus, **{"train.steps": "40", "train.checkpoint_every": "20", "train.eval_every": "40"})
+    straight = train(config, tmp_path / "straight", OPS)
+    train(with_steps(config, 20), tmp_path / "stopped", OPS)
+    continued = train(config, tmp_path / "stopped", OPS)
+    chex.assert_trees_all_equal(continued.state, straight.state)
+    assert int(continued.state.step) == 40
+
+    def losses(name):
+        return [(r["step"], r["tokens"], r["loss"], r["max_vio"], r["gradient_norm"])
+                for r in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in r]
+
+    assert losses("stopped") == losses("straight")
+    assert [step for step, *_ in losses("straight")] == list(range(1, 41))
+    assert continued.validation == straight.validation
+
+
+@pytest.mark.slow
+def test_a_run_leaves_metrics_plots_and_checkpoints(corpus, tmp_path):
+    config = small_config(corpus)
+    result = train(config, tmp_path / "run", OPS)
+    run = tmp_path / "run"
+    records = read_lines(run / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    assert [record["tokens"] for record in steps] == [4 * 32 * step for step in range(1, 7)]
+    for record in steps:
+        pairs = np.asarray(record["load"]).sum(axis=1)
+        assert pairs[0] == pairs[1] and 0.8 * 4 * 32 * 2 < pairs[0] <= 4 * 32 * 2  # padding is not counted
+        assert {"mtp_loss", "mtp_agreement", "max_vio", "gradient_norm", "learning_rate"} <= record.keys()
+    assert any(record.get("tokens_per_second", 0) > 0 and 0 < record["mfu"] < 1 for record in steps)
+    validation = [record["validation_bits_per_byte"] for record in records if "validation_bits_per_byte" in record]
+    assert len(validation) == 2 and validation[-1] == result.validation.bits_per_byte
+    for name in ("loss.png", "expert_load.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events*"))
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "6"}
+    assert json.loads((run / "config.json").read_text())["train"]["steps"] == 6
+
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, balance_alpha=0.5))
+    with pytest.raises(UserError, match="train.balance_alpha"):
+        train(other, run, OPS)
+    lost = records[-1] | {"step": 99, "loss": 1.0}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(lost) + "\n" + '{"step": 100, "los')
+    again = train(with_steps(config, 7), run, OPS)
+    assert int(again.state.step) == 7
+    assert [r["step"] for r in read_lines(run / "metrics.jsonl") if "loss" in r] == list(range(1, 8))
+
+
+def test_a_batch_ramp_grows_the_number_of_micro_batches(corpus, tmp_path):
+    """2, then 4, then 6 sequences as tokens are consumed, in micro-batches of 2."""
+    config = small_config(corpus, **{"train.batch_increment": "2", "train.steps": "5", "train.eval_every": "9"})
+    phase = dataclasses.replace(config.train.batch_size[0], until=256.0, start=2.0, end=6.0, shape="linear")
+    flat = dataclasses.replace(config.train.batch_size[0], start=6.0, end=6.0)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=(phase, flat)))
+    train(config, tmp_path / "run", OPS)
+    tokens = [r["tokens"] for r in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert np.diff([0, *tokens]).tolist() == [64, 64, 128, 128 if tokens[2] < 256 else 192, 192]
+
+
+@pytest.mark.parametrize("overrides, message", [
+    ({"model.vocab_size": "200"}, "more than model.vocab_size"),
+    ({"data.path": "/nowhere/at/all"}, "/nowhere/at/all"),
+    ({"data.pattern": "**/*.nothing"}, "nothing"),
+])
+def test_data_that_cannot_be_trained_on_is_refused(corpus, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        train(small_config(corpus, **overrides), tmp_path / "run", OPS)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_corpus_and_an_unreadable_file_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.py").write_text("")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.py").write_bytes(b"\xff\xfe\x00bad")
+    for name in ("empty", "broken"):
+        with pytest.raises(UserError) as caught:
+            train(small_config(tmp_path / name), tmp_path / f"run_{name}", OPS)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_workdir_below_a_file_is_refused(corpus, tmp_path):
+    (tmp_path / "file").write_text("keep me")
+    with pytest.raises(UserError, match="workdir"):
+        train(small_config(corpus), tmp_path / "file" / "run", OPS)
+    assert (tmp_path / "file").read_text() == "keep me"
