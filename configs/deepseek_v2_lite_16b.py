@@ -11,8 +11,19 @@ Command: python -m experiments.pretrain --config=configs/deepseek_v2_lite_16b.py
 
 import math
 
-from dsv3.config import (AttentionConfig, Config, DataConfig, ModelConfig, MoEConfig, MTPConfig, OptimizerConfig, Phase,
-                         TrainConfig, YarnConfig, constant)
+from dsv3.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    OptimizerConfig,
+    Phase,
+    TrainConfig,
+    YarnConfig,
+    constant,
+)
 
 TRILLION = 10**12
 PEAK, STEP_DOWN = 4.2e-4, 0.316

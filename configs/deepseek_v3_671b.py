@@ -13,8 +13,17 @@ Long context (YaRN, section 4.3) comes after this run.
 
 import math
 
-from dsv3.config import (AttentionConfig, Config, DataConfig, ModelConfig, MoEConfig, MTPConfig, OptimizerConfig, Phase,
-                         TrainConfig)
+from dsv3.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    OptimizerConfig,
+    Phase,
+    TrainConfig,
+)
 
 BILLION, TRILLION = 10**9, 10**12
 

@@ -8,8 +8,18 @@ For: loading the released weights, and the largest shape of the family in planni
 Command: python -m experiments.pretrain --config=configs/kimi_k2_1t.py --workdir=runs/kimi_k2, on a cluster.
 """
 
-from dsv3.config import (AttentionConfig, Config, DataConfig, ModelConfig, MoEConfig, MTPConfig, OptimizerConfig,
-                         TrainConfig, YarnConfig, constant)
+from dsv3.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    OptimizerConfig,
+    TrainConfig,
+    YarnConfig,
+    constant,
+)
 
 
 def get_config() -> Config:

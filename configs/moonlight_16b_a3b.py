@@ -7,8 +7,17 @@ For: loading the released weights, and a shape of the family in tests and planni
 Command: python -m experiments.pretrain --config=configs/moonlight_16b_a3b.py --workdir=runs/moonlight, on a cluster.
 """
 
-from dsv3.config import (AttentionConfig, Config, DataConfig, ModelConfig, MoEConfig, MTPConfig, OptimizerConfig,
-                         TrainConfig, constant)
+from dsv3.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    OptimizerConfig,
+    TrainConfig,
+    constant,
+)
 
 
 def get_config() -> Config:

@@ -10,8 +10,17 @@ Expected time and result: not measured. A token costs 1.6 GFLOP, so the run take
 
 import math
 
-from dsv3.config import (AttentionConfig, Config, DataConfig, ModelConfig, MoEConfig, MTPConfig, OptimizerConfig, Phase,
-                         TrainConfig)
+from dsv3.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    OptimizerConfig,
+    Phase,
+    TrainConfig,
+)
 
 STEPS, BATCH, LENGTH = 30_000, 64, 2048
 TOKENS = STEPS * BATCH * LENGTH

@@ -291,7 +291,8 @@ def forward(params, routing, config, tokens_BT, targets_BT, weights_BT, segment_
     weights_BT, rows = np.asarray(weights_BT).astype(np.float64), []
     for tokens, targets, weights, segment_ids in zip(tokens_BT, targets_BT, weights_BT, segment_ids_BT):
         x_TD, main = trunk(params, routing, config, tokens, segment_ids, segment_mask)
-        out, gain, logits, losses, mtp = x_TD, params["norm"], [], [], []
+        out = normed_TD = x_TD
+        gain, logits, losses, mtp = params["norm"], [], [], []
         for depth in range(config.mtp.depth + 1):
             if depth > 0:
                 h_TD = normed_TD if post_norm else out

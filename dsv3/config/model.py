@@ -20,6 +20,8 @@ class YarnConfig(Node):
 
     def validate(self) -> None:
         require(self.factor >= 1, f"yarn.factor is {self.factor}; expected at least 1")
+        require(self.original_seq_len > 0,
+                f"yarn.original_seq_len is {self.original_seq_len}; expected a positive length")
         require(self.beta_fast >= self.beta_slow > 0,
                 f"yarn.beta_fast {self.beta_fast} must be at least beta_slow {self.beta_slow}, both positive")
 
@@ -38,8 +40,9 @@ class AttentionConfig(Node):
     yarn: YarnConfig | None
 
     def validate(self) -> None:
-        for name in ("n_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            require(getattr(self, name) > 0, f"attention.{name} is {getattr(self, name)}; expected a positive size")
+        for name in ("n_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                     "rope_theta"):
+            require(getattr(self, name) > 0, f"attention.{name} is {getattr(self, name)}; expected a positive value")
         require(self.q_lora_rank is None or self.q_lora_rank > 0,
                 f"attention.q_lora_rank is {self.q_lora_rank}; use None for no query compression")
         require(self.qk_rope_head_dim % 2 == 0,
@@ -52,7 +55,7 @@ class AttentionConfig(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(Node):
-    """DeepSeekMoE. `selection_bias` is V3's auxiliary-loss-free balancing; without it (V2) groups score by their max."""
+    """DeepSeekMoE. `selection_bias` is V3's balancing without an auxiliary loss; without it (V2) groups score by max."""
 
     n_routed_experts: int
     n_shared_experts: int
@@ -66,8 +69,9 @@ class MoEConfig(Node):
     route_scale: float
 
     def validate(self) -> None:
-        for name in ("n_routed_experts", "n_activated_experts", "n_expert_groups", "n_limited_groups", "moe_inter_dim"):
-            require(getattr(self, name) > 0, f"moe.{name} is {getattr(self, name)}; expected a positive size")
+        for name in ("n_routed_experts", "n_activated_experts", "n_expert_groups", "n_limited_groups",
+                     "moe_inter_dim", "route_scale"):
+            require(getattr(self, name) > 0, f"moe.{name} is {getattr(self, name)}; expected a positive value")
         require(self.n_shared_experts >= 0, f"moe.n_shared_experts is {self.n_shared_experts}; expected 0 or more")
         require(self.n_routed_experts % self.n_expert_groups == 0,
                 f"moe.n_routed_experts {self.n_routed_experts} is not divisible by "
@@ -79,7 +83,8 @@ class MoEConfig(Node):
                 f"moe.n_activated_experts {self.n_activated_experts} exceeds the {allowed} experts that "
                 f"{self.n_limited_groups} allowed groups of {self.experts_per_group} hold")
         require(self.n_expert_groups == 1 or not self.selection_bias or self.experts_per_group >= 2,
-                "moe: a group is scored by its two best experts, so each group needs at least 2")
+                f"moe.n_expert_groups {self.n_expert_groups} leaves {self.experts_per_group} expert a group; "
+                "a group is scored by its two best, so it needs at least 2")
 
     @property
     def experts_per_group(self) -> int:

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -64,7 +65,7 @@ def _parse(text: str, annotation: Any, path: str) -> Any:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        value = {"true": True, "false": False, "none": None, "inf": math.inf}.get(text.lower(), text)
     for candidate in (value, text):
         if _matches(candidate, annotation):
             return candidate
@@ -129,14 +130,15 @@ def from_dict[T](annotation: type[T], data: Any) -> T:
     """
     if dataclasses.is_dataclass(annotation):
         hints = typing.get_type_hints(annotation)
-        if set(data) != set(hints):
-            raise UserError(f"{annotation.__name__} has fields {sorted(hints)}, but was given {sorted(data)}")
+        if not isinstance(data, Mapping) or set(data) != set(hints):
+            raise UserError(f"{annotation.__name__} has fields {sorted(hints)}, but was given {data!r:.200}")
         return annotation(**{name: from_dict(hint, data[name]) for name, hint in hints.items()})
     arguments = typing.get_args(annotation)
-    if isinstance(data, (list, tuple)):
+    if isinstance(data, (list, tuple)) and typing.get_origin(annotation) is tuple:
         return tuple(from_dict(arguments[0], item) for item in data)
-    if isinstance(data, Mapping):
-        return from_dict(next(option for option in arguments if dataclasses.is_dataclass(option)), data)
+    options = [option for option in arguments if dataclasses.is_dataclass(option)]
+    if isinstance(data, Mapping) and options:
+        return from_dict(options[0], data)
     return data
 
 

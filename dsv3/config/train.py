@@ -28,7 +28,6 @@ class Phase(Node):
                 f"a {self.shape} phase needs a finite phase.until")
 
 
-
 def constant(value: float) -> tuple[Phase, ...]:
     """The schedule that never changes."""
     return (Phase(until=math.inf, start=value, end=value, shape="constant"),)
@@ -38,6 +37,8 @@ def _check_schedule(name: str, schedule: tuple[Phase, ...]) -> None:
     require(len(schedule) > 0, f"train.{name} is empty; give at least one phase")
     ends = [phase.until for phase in schedule]
     require(ends == sorted(set(ends)), f"train.{name}: phases end at {ends}; expected strictly increasing tokens")
+    lowest = min(min(phase.start, phase.end) for phase in schedule)
+    require(lowest >= 0, f"train.{name} falls to {lowest:g}; expected 0 or more")
     require(ends[-1] == math.inf, f"train.{name}: the last phase ends at {ends[-1]}; expected inf")
 
 
@@ -56,7 +57,9 @@ class OptimizerConfig(Node):
     def validate(self) -> None:
         for name in ("b1", "b2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name} is {getattr(self, name)}; expected 0 <= beta < 1")
-        require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; expected a positive norm")
+        for name in ("eps", "clip_norm"):
+            require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}; expected a positive value")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,7 @@ class TrainConfig(Node):
         for name in ("steps", "seq_len", "micro_batch_size", "batch_increment", "log_every", "eval_every",
                      "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; expected a positive number")
+        require(self.balance_alpha >= 0, f"train.balance_alpha is {self.balance_alpha}; expected 0 or more")
         require(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}; expected 0 or more")
         for name in ("batch_size", "learning_rate", "bias_update_speed", "mtp_lambda"):
             _check_schedule(name, getattr(self, name))

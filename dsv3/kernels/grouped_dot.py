@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 def padded_rows(n_rows: int, n_experts: int, block: int) -> int:
     """The most rows that `n_rows` rows can take once every expert is padded to blocks: J, a multiple of `block`."""
-    return (n_rows + n_experts * (block - 1)) // block * block
+    return (n_rows + min(n_rows, n_experts) * (block - 1)) // block * block
 
 
 def block_starts(sizes_E: jax.Array, block: int) -> jax.Array:

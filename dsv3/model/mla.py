@@ -9,8 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3.config import ModelConfig
 from dsv3.kernels.attention import latent_attention
-from dsv3.model.ops import Ops
 from dsv3.kernels.norm import rms_norm
+from dsv3.model.ops import Ops
 from dsv3.model.rope import rotate, softmax_scale
 from dsv3.model.weights import gain, matrix
 

@@ -17,7 +17,7 @@ from dsv3.model.weights import gain, matrix
 
 
 class MTPInputs(NamedTuple):
-    """What depth k reads and predicts at position i: embeds t_{i+k}, predicts t_{i+k+1}, and counts where weights say."""
+    """At position i, depth k embeds t_{i+k} and predicts t_{i+k+1}, which counts in the loss where weights say so."""
 
     tokens_BT: jax.Array
     targets_BT: jax.Array

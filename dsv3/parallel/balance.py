@@ -34,7 +34,7 @@ def max_violation(load: jax.Array) -> jax.Array:
 
 
 def stack_loads(load: dict[str, jax.Array]) -> jax.Array:
-    """All loads as one table [L, E], the trunk's layers first and then the MTP modules; [0, 1] without any MoE layer."""
+    """All loads as one table [L, E], the trunk's layers first, then the MTP modules; [0, 1] without any MoE layer."""
     if not load:
         return jnp.zeros((0, 1), jnp.int32)
     return jnp.concatenate([jnp.atleast_2d(counts) for counts in load.values()])

@@ -8,8 +8,20 @@ import re
 import pytest
 from tiny_models import YARN, model_config
 
-from dsv3.config import (Config, DataConfig, OptimizerConfig, Phase, TrainConfig, UserError, constant, differences,
-                         from_dict, override, require, to_dict)
+from dsv3.config import (
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    Phase,
+    TrainConfig,
+    UserError,
+    constant,
+    differences,
+    from_dict,
+    override,
+    require,
+    to_dict,
+)
 
 DATA = DataConfig(
     path=None, pattern="*.py", validation_fraction=0.1, tokenizer="bytes", bpe_vocab_size=300, fim_rate=0.0,
@@ -220,7 +232,7 @@ def test_sizes_are_positive(path, text):
     ({"model.moe.n_routed_experts": "9"}, "moe.n_routed_experts 9 is not divisible by moe.n_expert_groups 4"),
     ({"model.moe.n_limited_groups": "5"}, "moe.n_limited_groups 5 exceeds moe.n_expert_groups 4"),
     ({"model.moe.n_activated_experts": "5"}, "moe.n_activated_experts 5 exceeds the 4 experts"),
-    ({"model.moe.n_expert_groups": "8", "model.moe.n_limited_groups": "8"}, "moe: a group is scored by its two best"),
+    ({"model.moe.n_expert_groups": "8", "model.moe.n_limited_groups": "8"}, "a group is scored by its two best"),
     # train
     ({"train.warmup_steps": "-1"}, "train.warmup_steps is -1"),
     ({"train.batch_increment": "3", "train.batch_size.0.start": "4"}, "train.batch_increment 3 is not divisible by"),
@@ -231,6 +243,12 @@ def test_sizes_are_positive(path, text):
     ({"train.learning_rate.0.shape": "constant"}, "a constant phase has start 2 and end 8"),
     ({"train.learning_rate.1.shape": "cosine"}, "a cosine phase needs a finite phase.until"),
     ({"train.learning_rate.1.until": "1000"}, "train.learning_rate: phases end at [1000, 1000]; expected strictly"),
+    ({"train.mtp_lambda.0.start": "-1", "train.mtp_lambda.0.end": "-1"}, "train.mtp_lambda falls to -1"),
+    ({"train.balance_alpha": "-0.1"}, "train.balance_alpha is -0.1"),
+    ({"train.optimizer.eps": "0"}, "optimizer.eps is 0"),
+    ({"train.optimizer.weight_decay": "-1"}, "optimizer.weight_decay is -1"),
+    ({"model.attention.rope_theta": "0"}, "attention.rope_theta is 0"),
+    ({"model.moe.route_scale": "0"}, "moe.route_scale is 0"),
     ({"train.mtp_lambda.0.until": "7"}, "train.mtp_lambda: the last phase ends at 7; expected inf"),
 ])
 def test_rules(overrides, said):

@@ -138,10 +138,10 @@ def test_combine_weighs_its_own_experts():
 
 
 def test_bfloat16_sums_and_gradients_are_taken_in_float32():
-    """A sum of 256 + 1 + 1 is 258 in float32 but 256 when rounded after every step, both in y and in d x."""
+    """A sum of 1 + 256 + 1 is 258 in float32 but 256 when rounded after every step, both in y and in d x."""
     topk_TK = np.array([[0, 1, 2]], np.int32)
     plan, _ = plan_of(topk_TK, 3, 1)
-    parts = jnp.array([[256.0], [1.0], [1.0]], jnp.bfloat16)[plan.pair_J]
+    parts = jnp.array([[1.0], [256.0], [1.0]], jnp.bfloat16)[plan.pair_J]
     y_TD, vjp = jax.vjp(lambda rows, weights: unpermute(rows, plan, weights), parts, jnp.ones((1, 3)))
     d_rows_JD, d_weights_TK = vjp(jnp.ones((1, 1), jnp.bfloat16))
     d_x_TD, = jax.vjp(lambda x: permute(x, plan), jnp.ones((1, 1), jnp.bfloat16))[1](parts)

@@ -15,8 +15,8 @@ CONFIG = FAMILY["one_group"]  # top 3 of 8, no group limit
 
 def layer(seed=0, tokens=(2, 12)):
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(
-        MoE(CONFIG, reference_ops(row_block=4)).init, jax.random.key(0), jnp.zeros((*tokens, 24)), jnp.ones(tokens, bool))
+    example = jnp.zeros((*tokens, 24)), jnp.ones(tokens, bool)
+    shapes = jax.eval_shape(MoE(CONFIG, reference_ops(row_block=4)).init, jax.random.key(0), *example)
     params = jax.tree.map(lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape), jnp.float32), shapes["params"])
     x = jnp.asarray(rng.standard_normal((*tokens, 24)), jnp.float32)
     return params, x
