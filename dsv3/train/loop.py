@@ -213,7 +213,7 @@ class _Run:
         self.writer.write({
             "step": step, "tokens": tokens, "validation_bits_per_byte": self.validation.bits_per_byte,
             "validation_mtp_agreement": self.validation.mtp_agreement,
-            "validation_max_vio": self.validation.max_vio})
+            "validation_mtp_chance": self.validation.mtp_chance, "validation_max_vio": self.validation.max_vio})
         self.timer.resume()
 
     def save(self, state: TrainState, tokens: int) -> None:

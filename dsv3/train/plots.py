@@ -4,11 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-
-matplotlib.use("Agg")
 
 
 def smoothed(values: Sequence[float], decay: float = 0.9) -> np.ndarray:

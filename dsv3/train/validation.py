@@ -43,7 +43,7 @@ def make_validation(
         load_LE = stack_loads(total.load)
         counted_D = np.maximum(total.mtp_tokens_D, 1)
         return Validation(
-            bits_per_byte(total.main, n_bytes),
+            float(bits_per_byte(total.main, n_bytes)),
             (total.agree_D / counted_D).tolist(),
             (total.chance_D / counted_D).tolist(),
             np.asarray(max_violation(load_LE)).tolist(),

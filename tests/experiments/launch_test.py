@@ -1,18 +1,19 @@
 """The command line as users meet it: real processes, exit codes, one-line errors."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 from small_runs import small_overrides, write_corpus
 
+from dsv3.config import UserError
+from experiments.launch import load_config
+
 
 def run(module, *arguments):
     """The finished process of `python -m experiments.MODULE ...`."""
     return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *arguments], capture_output=True, text=True, timeout=240,
-        env=os.environ | {"PYTHONPATH": "."})
+        [sys.executable, "-m", f"experiments.{module}", *arguments], capture_output=True, text=True, timeout=240)
 
 
 def flags(overrides):
@@ -42,9 +43,6 @@ def one_line(stderr):
 
 @pytest.mark.parametrize("module, arguments, words", [
     ("pretrain", ["--config=configs/tiny.py", "--workdir=unused", "--config.train.stepz=3"], "did you mean 'steps'"),
-    ("pretrain", ["--config=configs/tiny.py", "--workdir=unused", "--config.model.dim=wide"], "wrong type"),
-    ("pretrain", ["--config=configs/tiny.py", "--workdir=unused", "--config.model.moe.n_expert_groups=3"], "divisible"),
-    ("pretrain", ["--config=configs/none.py", "--workdir=unused"], "is not a file"),
     ("pretrain", ["--config=configs/tiny.py", "--workdir=setup.cfg/run"], "--workdir"),
     ("generate", ["--workdir=nowhere"], "holds no checkpoint"),
 ])
@@ -53,3 +51,18 @@ def test_a_mistake_is_one_line_and_exit_status_1(module, arguments, words):
     assert process.returncode == 1
     assert one_line(process.stderr) and words in process.stderr, process.stderr
     assert "Traceback" not in process.stdout + process.stderr
+
+
+@pytest.mark.parametrize("path, overrides, words", [
+    ("configs/none.py", [], "is not a file"),
+    ("setup.cfg", [], "is not a Python file"),
+    ("dsv3/config/errors.py", [], "defines no get_config"),
+    ("configs/tiny.py", ["model.dim=wide"], "wrong type"),
+    ("configs/tiny.py", ["model.dim"], "has no value"),
+    ("configs/tiny.py", ["model.moe.n_expert_groups=3"], "not divisible"),
+    ("configs/tiny.py", ["model.moe.n_activated_experts=5"], "exceeds the 4 experts"),
+])
+def test_configs_that_cannot_be_loaded(path, overrides, words):
+    with pytest.raises(UserError, match=words) as caught:
+        load_config(path, overrides)
+    assert "\n" not in str(caught.value)

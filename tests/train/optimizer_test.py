@@ -46,7 +46,7 @@ def test_bfloat16_moments_are_rounded_once_and_after_use():
         assert {leaf.dtype for leaf in jax.tree.leaves(getattr(low_state, moments))} == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("b2, biased", [(0.95, False), (0.99, False), (0.999, True)])
+@pytest.mark.parametrize("b2, biased", [(0.95, False), (0.999, True)])
 def test_bias_of_a_bfloat16_second_moment(b2, biased):
     """Unbiased at the report's 0.95. At 0.999 small updates are rounded away: 40% off for normal gradients."""
     optimizer = scale_by_adam(dataclasses.replace(LOW, b2=b2))
