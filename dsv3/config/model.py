@@ -55,7 +55,7 @@ class AttentionConfig(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(Node):
-    """DeepSeekMoE. `selection_bias` is V3's balancing without an auxiliary loss; without it (V2) groups score by max."""
+    """DeepSeekMoE. `selection_bias`: V3's balancing without an auxiliary loss. Without it (V2), groups score by max."""
 
     n_routed_experts: int
     n_shared_experts: int
