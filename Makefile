@@ -26,7 +26,7 @@ train: $(READY)
 	$(PYTHON) -m experiments.pretrain --config=configs/tiny.py --workdir=runs/tiny
 
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(READY)
 	$(PYTHON) -m flake8 dsv3 experiments configs tests
