@@ -8,13 +8,14 @@ READY := $(VENV)/ready
 # ignored elsewhere.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: help train test lint bench clean
+.PHONY: help train test lint bench docs clean
 
 help:
 	@echo "make train   train configs/tiny.py on the standard library's source, then print results and a sample"
 	@echo "make test    run all tests"
 	@echo "make lint    check style"
 	@echo "make bench   measure step time, compile time and program size on this machine"
+	@echo "make docs    run the notebooks again and keep their outputs"
 	@echo "make clean   remove .venv and caches (runs/ is kept)"
 
 $(READY): setup.cfg pyproject.toml constraints.txt .ci/find-python
@@ -34,6 +35,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(PYTHON) -m experiments.benchmark
+
+docs: $(READY)
+	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .hypothesis build *.egg-info

@@ -2,6 +2,8 @@
 
 Source: ours; shapes chosen for a laptop. Every part of the report is on: query compression, node-limited routing over
 groups, bias balancing, a sequence-wise balance loss, one MTP module, FIM, bfloat16 moments.
+The schedules are tables over consumed tokens, laid out for STEPS: a run cut short with --config.train.steps does not
+reach their end. To train longer or shorter, change STEPS.
 Command: make train, or python -m experiments.pretrain --config=configs/tiny.py --workdir=runs/tiny
 """
 

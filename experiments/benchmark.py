@@ -1,7 +1,7 @@
 """Step time, compile time and program size on this machine: python -m experiments.benchmark [--json=FILE]
 
-The model has 4 layers of width 128 (one dense), 8 experts, top 2, and reads 512 tokens a step in float32; compile time
-is measured at several depths, because it should not grow with depth.
+The model has layers of width 128 (one dense), 8 experts, top 2, a vocabulary of 2,048, and reads 512 tokens a step in
+float32, with and without an MTP module; two depths, because compile time should not grow with depth.
 """
 
 import dataclasses
@@ -29,10 +29,11 @@ JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
 REPEATS = flags.DEFINE_integer("repeats", 20, "timed steps; the median is reported")
 
 
-def benchmark_config(n_layers: int) -> Config:
-    """`configs/tiny.py` at width 128, reading 2 rows of 256 tokens."""
+def benchmark_config(n_layers: int, mtp_depth: int) -> Config:
+    """`configs/tiny.py` at width 128 without recomputation, reading 2 rows of 256 tokens."""
     tiny = launch.load_config("configs/tiny.py", [])
-    model = dataclasses.replace(tiny.model, dim=128, inter_dim=512, n_layers=n_layers)
+    mtp = dataclasses.replace(tiny.model.mtp, depth=mtp_depth)
+    model = dataclasses.replace(tiny.model, dim=128, n_layers=n_layers, mtp=mtp, remat="none")
     train = dataclasses.replace(tiny.train, micro_batch_size=2, batch_size=constant(2), batch_increment=2)
     return dataclasses.replace(tiny, model=model, train=train)
 
@@ -61,7 +62,7 @@ def measure(config: Config, repeats: int) -> dict:
     seconds = statistics.median(times[3:])
     flops = train_flops_per_token(config.model, config.train.seq_len) * batches.tokens_BT.size
     return {
-        "layers": config.model.n_layers, "step_seconds": seconds, "compile_seconds": compile_seconds,
+        "layers": config.model.n_layers, "mtp": config.model.mtp.depth, "step_seconds": seconds, "compile_seconds": compile_seconds,
         "program_lines": len(lowered.as_text().splitlines()), "mfu": flops / seconds / peak_flops(),
         "final_loss": float(metrics.loss),
     }
@@ -70,11 +71,11 @@ def measure(config: Config, repeats: int) -> dict:
 def main(overrides: Sequence[str]) -> None:
     require(not overrides, "the benchmark has fixed shapes; --config fields cannot be set here")
     jax.config.update("jax_enable_compilation_cache", False)
-    rows = [measure(benchmark_config(layers), REPEATS.value) for layers in (4, 8, 16)]
+    rows = [measure(benchmark_config(*shape), REPEATS.value) for shape in ((4, 0), (4, 1), (16, 1))]
     print(f"{jax.devices()[0].device_kind}, jax {version('jax')}: 512 tokens a step, width 128, 8 experts\n")
-    print("layers   step (ms)   compile (s)   program lines   MFU")
+    print("layers   MTP   step (ms)   compile (s)   program lines   MFU")
     for row in rows:
-        print(f"{row['layers']:6d} {1e3 * row['step_seconds']:11.1f} {row['compile_seconds']:13.1f} "
+        print(f"{row['layers']:6d} {row['mtp']:5d} {1e3 * row['step_seconds']:11.1f} {row['compile_seconds']:13.1f} "
               f"{row['program_lines']:15d} {row['mfu']:5.0%}")
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(rows, indent=2) + "\n")

@@ -22,11 +22,13 @@ CACHE_LENGTH = flags.DEFINE_integer("cache_length", None, "slots of the cache; d
 
 def main(overrides: Sequence[str]) -> None:
     require(not overrides, "a run keeps its own configuration; --config fields cannot be set here")
+    require(PROMPT.value.encode("utf-8", "replace").decode() == PROMPT.value, "--prompt is not valid UTF-8")
     run = load_run(Path(WORKDIR.value))
     pieces = continue_text(
         run.config.model, reference_ops(row_block=8), run.variables, run.tokenizer, PROMPT.value,
-        cache_length=CACHE_LENGTH.value or run.config.train.seq_len, max_new_tokens=MAX_NEW_TOKENS.value,
-        temperature=TEMPERATURE.value, top_p=TOP_P.value, seed=SEED.value)
+        cache_length=run.config.train.seq_len if CACHE_LENGTH.value is None else CACHE_LENGTH.value,
+        max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, top_p=TOP_P.value,
+        seed=SEED.value)
     print(PROMPT.value, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from dsv3.config import Config, UserError, override, require
 
@@ -18,14 +18,34 @@ def load_config(path: str, overrides: Sequence[str]) -> Config:
     spec = importlib.util.spec_from_file_location("experiment_config", path)
     require(spec is not None, f"--config={path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise UserError(f"--config={path} cannot be loaded: {error}") from error
     require(hasattr(module, "get_config"), f"--config={path} defines no get_config()")
     config = module.get_config()
     require(isinstance(config, Config), f"get_config() of --config={path} returned {type(config).__name__}, not Config")
-    pairs = [text.partition("=") for text in overrides]
-    for name, equals, _ in pairs:
+    values: dict[str, str] = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
         require(equals == "=", f"{PREFIX}{name} has no value; write {PREFIX}{name}=VALUE")
-    return override(config, {name: value for name, _, value in pairs})
+        require(name not in values, f"{PREFIX}{name} is given twice; keep one")
+        values[name] = value
+    return override(config, values)
+
+
+def fail(error: Exception) -> None:
+    """Print a mistake of the user, or of the machine (a full disk, a missing permission), on one line; exit with 1."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser, with its errors on one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        fail(error)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -37,9 +57,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         try:
             require(len(remaining) == 1, f"unexpected argument {remaining[-1]!r}; flags are written --name=value")
             main(overrides)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+        except (UserError, OSError) as error:
+            fail(error)
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
-    app.run(checked, argv=rest)
+    app.run(checked, argv=rest, flags_parser=parse_flags)

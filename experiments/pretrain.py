@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from dsv3.config import Config
+from dsv3.config import Config, require
 from dsv3.evaluation.baselines import bigram_bits, xz_bits
 from dsv3.inference.text import continue_text
 from dsv3.model.ops import reference_ops
@@ -51,6 +51,7 @@ def sample(config: Config, result: Result, prompt: str) -> str:
 
 def main(overrides: Sequence[str]) -> None:
     config = launch.load_config(CONFIG.value, overrides)
+    require(WORKDIR.value != "", "--workdir is empty; give a directory")
     workdir = Path(WORKDIR.value)
     start = time.perf_counter()
     result = train(config, workdir, reference_ops())

@@ -24,8 +24,8 @@ class Run(NamedTuple):
 def load_run(workdir: Path) -> Run:
     """Restore the newest checkpoint below `workdir`. Raises `UserError` where there is none."""
     with Checkpoints(open_run(workdir)) as checkpoints:
-        config, tokenizer_json = checkpoints.restore_description()
+        config, tokenizer_json, _ = checkpoints.describe()
         model = Transformer(config.model, reference_ops())
         abstract = jax.eval_shape(lambda: init_state(model, config.train))
-        state = checkpoints.restore(placed(abstract)).state
-    return Run(config, Tokenizer.from_json(tokenizer_json), {"params": state.params, "routing": state.routing})
+        variables = checkpoints.restore_variables(placed(abstract))
+    return Run(config, Tokenizer.from_json(tokenizer_json), variables)

@@ -26,6 +26,9 @@ class Config(Node):
     def validate(self) -> None:
         require(self.model.mtp.depth < self.train.seq_len,
                 f"model.mtp.depth {self.model.mtp.depth} leaves no position of train.seq_len {self.train.seq_len}")
+        require(self.data.tokenizer == "bytes" or self.data.bpe_vocab_size <= self.model.vocab_size,
+                f"data.bpe_vocab_size {self.data.bpe_vocab_size} exceeds model.vocab_size {self.model.vocab_size}: "
+                "every token needs an embedding")
         require(self.data.eval_stride <= self.train.seq_len,
                 f"data.eval_stride {self.data.eval_stride} exceeds train.seq_len {self.train.seq_len}: "
                 "tokens between windows would not be scored")

@@ -29,6 +29,8 @@ class DataConfig(Node):
     def validate(self) -> None:
         require(0 < self.validation_fraction < 1,
                 f"data.validation_fraction is {self.validation_fraction}; expected between 0 and 1")
+        require(self.path != "", "data.path is empty; give a file or a directory, or None for the standard library")
+        require(0 <= self.seed < 2**32, f"data.seed is {self.seed}; expected 0 to 2**32 - 1")
         require(0 <= self.fim_rate <= 1, f"data.fim_rate is {self.fim_rate}; expected between 0 and 1")
         for name in ("bpe_vocab_size", "eval_bytes", "eval_stride"):
             require(getattr(self, name) > 0, f"data.{name} is {getattr(self, name)}; expected a positive number")

@@ -65,7 +65,7 @@ def _parse(text: str, annotation: Any, path: str) -> Any:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = {"true": True, "false": False, "none": None, "inf": math.inf}.get(text.lower(), text)
+        value = {"true": True, "false": False, "none": None, "inf": math.inf, "nan": math.nan}.get(text.lower(), text)
     for candidate in (value, text):
         if _matches(candidate, annotation):
             return candidate

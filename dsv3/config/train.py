@@ -22,6 +22,8 @@ class Phase(Node):
 
     def validate(self) -> None:
         require(self.until > 0, f"phase.until is {self.until}; expected a positive number of tokens")
+        require(math.isfinite(self.start) and math.isfinite(self.end),
+                f"a phase goes from {self.start} to {self.end}; expected finite values")
         require(self.shape != "constant" or self.start == self.end,
                 f"a constant phase has start {self.start} and end {self.end}; make them equal")
         require(self.shape == "constant" or math.isfinite(self.until),
@@ -88,6 +90,7 @@ class TrainConfig(Node):
                      "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; expected a positive number")
         require(self.balance_alpha >= 0, f"train.balance_alpha is {self.balance_alpha}; expected 0 or more")
+        require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; expected 0 to 2**32 - 1")
         require(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}; expected 0 or more")
         for name in ("batch_size", "learning_rate", "bias_update_speed", "mtp_lambda"):
             _check_schedule(name, getattr(self, name))

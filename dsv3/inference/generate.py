@@ -53,6 +53,7 @@ def make_generator(
         """
         check_prompt(prompt, vocab_size, cache_length)
         check_sampling(temperature, top_p)
+        require(max_new_tokens > 0, f"max_new_tokens is {max_new_tokens}; expected a positive number")
         return stream(variables, prompt, min(max_new_tokens, cache_length - len(prompt)), eos_id,
                       jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
 

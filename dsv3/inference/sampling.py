@@ -1,5 +1,7 @@
 """Choosing the next token from logits."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -8,7 +10,7 @@ from dsv3.config import require
 
 def check_sampling(temperature: float, top_p: float) -> None:
     """Raise `UserError` for a temperature below 0 or a top-p outside (0, 1]."""
-    require(temperature >= 0, f"temperature is {temperature}; expected 0 (greedy) or more")
+    require(0 <= temperature < math.inf, f"temperature is {temperature}; expected 0 (greedy) or more")
     require(0 < top_p <= 1, f"top_p is {top_p}; expected more than 0 and at most 1")
 
 

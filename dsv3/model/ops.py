@@ -10,11 +10,11 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3.kernels.attention import causal_attention
 from dsv3.kernels.cross_entropy import cross_entropy
+from dsv3.kernels.dot import dot
 from dsv3.kernels.grouped_dot import grouped_dot
 from dsv3.kernels.norm import rms_norm
 from dsv3.kernels.permute import make_plan, permute, unpermute
@@ -33,7 +33,8 @@ class Ops:
     """Eight functions, coarse enough that an implementation can fuse and share inside each.
 
     A `site` names the place of a product (`attn.q_a`, `mlp.down`, `mtp.eh_proj`), so that a recipe can give every
-    place its own format. Products cast the float32 master weight to the dtype of the activation.
+    place its own format. Products take float32 master weights, cast them to the dtype of the activation, and return
+    float32 gradients for them.
 
     - `linear(site, x, w)`: x @ w.
     - `norm_linear(sites, x, gain, weights, eps)`: one RMSNorm of x, then one product per site from the same input.
@@ -56,7 +57,7 @@ class Ops:
 
 
 def linear(site: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    return checkpoint_name(jnp.dot(x, w.astype(x.dtype)), site)
+    return checkpoint_name(dot(x, w), site)
 
 
 def norm_linear(
@@ -76,9 +77,8 @@ def dispatch(x_TD: jax.Array, topk_TK: jax.Array, n_experts: int, *, row_block: 
 
 
 def experts(rows_JD: jax.Array, sizes_E: jax.Array, weights: ExpertWeights, *, row_block: int) -> jax.Array:
-    gate_up_EDF, down_EFD = (w.astype(rows_JD.dtype) for w in weights)
-    gate_up_JF = checkpoint_name(grouped_dot(rows_JD, sizes_E, gate_up_EDF, block=row_block), "experts.gate_up")
-    return checkpoint_name(grouped_dot(swiglu(gate_up_JF), sizes_E, down_EFD, block=row_block), "experts.down")
+    gate_up_JF = checkpoint_name(grouped_dot(rows_JD, sizes_E, weights.gate_up_EDF, row_block), "experts.gate_up")
+    return checkpoint_name(grouped_dot(swiglu(gate_up_JF), sizes_E, weights.down_EFD, row_block), "experts.down")
 
 
 def reference_ops(*, row_block: int = 64, loss_chunk: int = 1024) -> Ops:

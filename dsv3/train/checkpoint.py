@@ -18,17 +18,25 @@ class Progress(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """What `Checkpoints.restore` returns."""
+    """What changes from step to step."""
 
     state: TrainState
     progress: Progress
 
 
+class Description(NamedTuple):
+    """What does not: the configuration, the tokenizer's JSON, and the sha256 of every file of the prepared data."""
+
+    config: Config
+    tokenizer: str
+    data: dict[str, str]
+
+
 class Checkpoints:
     """The checkpoints of one run, in `workdir/checkpoints`, newest `keep` kept. Use as a context manager.
 
-    Saves are asynchronous; leaving the context waits for them. Each checkpoint holds parameters, routing, optimizer,
-    step, consumed tokens, data iterator, configuration and tokenizer: enough to continue or to generate from it alone.
+    Saves are asynchronous; leaving the context waits for them. Each checkpoint holds `params`, `routing`, `opt_state`
+    and `step` as items of their own, `progress`, and `description`: enough to continue or to generate from it alone.
     """
 
     def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
@@ -46,28 +54,43 @@ class Checkpoints:
         """The newest finished step, or None."""
         return self._manager.latest_step()
 
-    def save(self, checkpoint: Checkpoint, config: Config, tokenizer_json: str) -> None:
+    def save(self, checkpoint: Checkpoint, description: Description) -> None:
         """Save under the state's own step; a step that is already there is left alone."""
         step = int(checkpoint.state.step)
         if step == self.latest_step():
             return
+        state = {name: ocp.args.StandardSave(tree) for name, tree in _items(checkpoint.state).items()}
         self._manager.save(step, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(checkpoint.state),
-            progress=ocp.args.JsonSave(checkpoint.progress._asdict()),
-            config=ocp.args.JsonSave(to_dict(config)),
-            tokenizer=ocp.args.JsonSave({"json": tokenizer_json})))
+            **state, progress=ocp.args.JsonSave(checkpoint.progress._asdict()),
+            description=ocp.args.JsonSave(description._asdict() | {"config": to_dict(description.config)})))
 
     def restore(self, abstract_state: TrainState) -> Checkpoint:
         """The newest checkpoint, onto the shapes, dtypes and shardings of `abstract_state`."""
-        restored = self._manager.restore(self.latest_step(), args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore()))
-        return Checkpoint(TrainState(*restored.state), Progress(**restored.progress))
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract_state).items()}
+        restored = self._manager.restore(
+            self.latest_step(), args=ocp.args.Composite(**items, progress=ocp.args.JsonRestore()))
+        empty = {name: tree for name, tree in abstract_state._asdict().items() if name not in items}
+        state = TrainState(**{name: restored[name] for name in items} | empty)
+        return Checkpoint(state._replace(step=state.step["step"]), Progress(**restored.progress))
 
-    def restore_description(self) -> tuple[Config, str]:
-        """The newest checkpoint's configuration and tokenizer (its JSON)."""
-        restored = self._manager.restore(self.latest_step(), args=ocp.args.Composite(
-            config=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore()))
-        return from_dict(Config, restored.config), restored.tokenizer["json"]
+    def restore_variables(self, abstract_state: TrainState) -> dict[str, Any]:
+        """`params` and `routing` alone, as the model's `apply` takes them; the optimizer's state is not read."""
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract_state).items()
+                 if name in ("params", "routing")}
+        restored = self._manager.restore(self.latest_step(), args=ocp.args.Composite(**items))
+        return {"routing": {}} | {name: restored[name] for name in items}
+
+    def describe(self) -> Description:
+        """The newest checkpoint's configuration, tokenizer and data."""
+        restored = self._manager.restore(
+            self.latest_step(), args=ocp.args.Composite(description=ocp.args.JsonRestore())).description
+        return Description(**restored | {"config": from_dict(Config, restored["config"])})
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that hold arrays, as Orbax wants them: trees, not leaves, and none of them empty."""
+    items = state._asdict() | {"step": {"step": state.step}}
+    return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 
 def placed(abstract_state: TrainState) -> TrainState:

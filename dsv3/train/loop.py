@@ -18,8 +18,8 @@ from dsv3.model.flops import train_flops_per_token
 from dsv3.model.ops import Ops
 from dsv3.model.transformer import Transformer
 from dsv3.train import schedule
-from dsv3.train.checkpoint import Checkpoint, Checkpoints, Progress, placed
-from dsv3.train.metrics import MetricsWriter, mean_of, read_metrics, step_record
+from dsv3.train.checkpoint import Checkpoint, Checkpoints, Description, Progress, placed
+from dsv3.train.metrics import MetricsWriter, read_metrics, step_record
 from dsv3.train.plots import plot_expert_load, plot_loss
 from dsv3.train.step import Knobs, TrainState, init_state, make_train_step
 from dsv3.train.throughput import peak_flops
@@ -30,7 +30,7 @@ MAY_CHANGE = ("train.steps", "train.log_every", "train.eval_every", "train.check
 
 
 class Result(NamedTuple):
-    """What `train` returns: the final state, its validation, the data that it read, and the mean speed of its steps."""
+    """What `train` returns: the final state, its validation, the data that it read, and the speed of its steps."""
 
     state: TrainState
     validation: Validation
@@ -38,27 +38,23 @@ class Result(NamedTuple):
     tokens_per_second: float
 
 
-def open_workdir(workdir: Path, config: Config) -> None:
-    """Create `workdir` and record the configuration, or check that the run in it has the same one.
-
-    Raises `UserError` for a path that cannot be a directory and for a configuration that differs in more than
-    `MAY_CHANGE`.
-    """
-    path = workdir / "config.json"
+def open_workdir(workdir: Path) -> None:
+    """Create `workdir`. Raises `UserError` for a path that cannot be a directory to write in."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text()) if path.exists() else None
-        path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        (workdir / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be a directory to write in: {error.strerror}") from error
-    if before is None:
-        return
-    changed = [line for line in differences(before, json.loads(json.dumps(to_dict(config))))
+
+
+def check_same_run(workdir: Path, config: Config, data: dict[str, str], description: Description) -> None:
+    """Raise `UserError` unless a checkpoint's configuration (but for `MAY_CHANGE`) and data are these."""
+    changed = [line for line in differences(to_dict(description.config), to_dict(config))
                if not line.startswith(tuple(f"{name}:" for name in MAY_CHANGE))]
-    if changed:
-        path.write_text(json.dumps(before, indent=2) + "\n")
-        raise UserError(f"--workdir={workdir} holds a run with another configuration ({'; '.join(changed)}); "
-                        "choose another workdir or the same configuration")
+    require(not changed, f"--workdir={workdir} holds a run with another configuration ({'; '.join(changed)}); "
+            "choose another workdir or the same configuration")
+    require(description.data == data, f"--workdir={workdir} holds a run that read other data than "
+            f"{workdir / 'data'} holds now; restore that directory or choose another workdir")
 
 
 def check_vocabulary(config: Config, prepared: Prepared) -> None:
@@ -87,6 +83,7 @@ class Timer:
 
     def __init__(self) -> None:
         self.seconds, self.tokens, self._since = 0.0, 0, None
+        self._taken_seconds, self._taken_tokens = 0.0, 0
 
     def resume(self) -> None:
         self._since = time.perf_counter()
@@ -99,8 +96,14 @@ class Timer:
     def take(self) -> float:
         """Tokens per second since the last call."""
         rate = self.tokens / self.seconds if self.seconds else 0.0
+        self._taken_seconds += self.seconds
+        self._taken_tokens += self.tokens
         self.seconds, self.tokens = 0.0, 0
         return rate
+
+    def tokens_per_second(self) -> float:
+        """Of everything taken so far, 0 before the first step."""
+        return self._taken_tokens / self._taken_seconds if self._taken_seconds else 0.0
 
 
 def train(config: Config, workdir: Path, ops: Ops) -> Result:
@@ -108,13 +111,16 @@ def train(config: Config, workdir: Path, ops: Ops) -> Result:
 
     Writes `config.json`, `data/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `loss.png`, `expert_load.png`.
     """
-    open_workdir(workdir, config)
+    open_workdir(workdir)
     prepared = prepare(config.data, config.train.seq_len, workdir / "data")
     check_vocabulary(config, prepared)
     model = Transformer(config.model, ops)
     loader = train_loader(prepared, config.train.micro_batch_size, config.data.seed, config.data.segment_ids)
     validate = make_validation(model, config, prepared)
     with Checkpoints(workdir, keep=config.train.keep_checkpoints) as checkpoints:
+        if checkpoints.latest_step() is not None:
+            check_same_run(workdir, config, prepared.manifest["files"], checkpoints.describe())
+        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
         state, tokens = _start(config, model, loader, checkpoints)
         with MetricsWriter(workdir, int(state.step)) as writer:
             run = _Run(config, model, prepared, loader, checkpoints, writer, validate)
@@ -123,7 +129,7 @@ def train(config: Config, workdir: Path, ops: Ops) -> Result:
     plot_loss(records, workdir / "loss.png")
     plot_expert_load(records, workdir / "expert_load.png")
     validation = run.validation or validate(state.params, state.routing)
-    return Result(state, validation, prepared, mean_of(records, "tokens_per_second"))
+    return Result(state, validation, prepared, run.timer.tokens_per_second())
 
 
 def _start(config, model, loader, checkpoints) -> tuple[TrainState, int]:
@@ -148,6 +154,7 @@ class _Run:
         self.timer = Timer()
         self.pending: list[tuple[dict[str, Any], Any]] = []
         self.shapes: set[int] = set()
+        self.line = ""
         self.validation: Validation | None = None
 
     def steps(self, state: TrainState, tokens: int) -> TrainState:
@@ -191,6 +198,8 @@ class _Run:
 
     def log(self) -> str:
         """Fetch and write the metrics of the steps since the last call; returns a line for the progress bar."""
+        if not self.pending:
+            return self.line
         fetched = jax.device_get([metrics for _, metrics in self.pending])
         self.timer.pause()
         rate = self.timer.take()
@@ -205,19 +214,25 @@ class _Run:
         self.timer.resume()
         last = records[-1]
         worst = max(last["max_vio"], default=0.0)
-        return f"loss {last['loss']:.3f}, MaxVio {worst:.2f}, {rate:,.0f} tokens/s"
+        self.line = f"loss {last['loss']:.3f}, MaxVio {worst:.2f}, {rate:,.0f} tokens/s"
+        return self.line
 
     def evaluate(self, state: TrainState, step: int, tokens: int) -> None:
+        self.log()
         self.timer.pause()
         self.validation = self.validate(state.params, state.routing)
         self.writer.write({
             "step": step, "tokens": tokens, "validation_bits_per_byte": self.validation.bits_per_byte,
             "validation_mtp_agreement": self.validation.mtp_agreement,
             "validation_mtp_chance": self.validation.mtp_chance, "validation_max_vio": self.validation.max_vio})
+        self.writer.flush()
         self.timer.resume()
 
     def save(self, state: TrainState, tokens: int) -> None:
+        """Metrics of all steps so far are on disk before the checkpoint that a continued run starts from."""
+        self.log()
         self.timer.pause()
-        progress = Progress(tokens, self.loader.get_state())
-        self.checkpoints.save(Checkpoint(state, progress), self.config, self.prepared.tokenizer.to_json())
+        checkpoint = Checkpoint(state, Progress(tokens, self.loader.get_state()))
+        tokenizer, data = self.prepared.tokenizer.to_json(), self.prepared.manifest["files"]
+        self.checkpoints.save(checkpoint, Description(self.config, tokenizer, data))
         self.timer.resume()

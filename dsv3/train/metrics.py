@@ -1,7 +1,6 @@
 """What a run writes while it trains: `metrics.jsonl` (one line a step) and TensorBoard scalars."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from dsv3.config import UserError
 from dsv3.train.step import StepMetrics
 
 
@@ -35,7 +35,9 @@ class MetricsWriter:
     def __init__(self, workdir: Path, step: int) -> None:
         path = workdir / "metrics.jsonl"
         kept = [record for record in read_metrics(path) if record["step"] <= step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        fresh = path.with_suffix(".new")
+        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        fresh.replace(path)
         self._file = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
@@ -62,17 +64,14 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; none if it does not exist, and not a last line that was cut off."""
-    if not path.exists():
-        return
-    for line in path.read_text().splitlines():
+    """The records of a `metrics.jsonl`; none if it does not exist, and not a last line that was cut off.
+
+    Raises `UserError` for a damaged line before the last.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
             yield json.loads(line)
-        except json.JSONDecodeError:
-            return
-
-
-def mean_of(records: list[dict[str, Any]], name: str) -> float:
-    """The mean of a scalar over the records that have it, NaN if none has."""
-    values = [record[name] for record in records if name in record]
-    return sum(values) / len(values) if values else math.nan
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"line {number} of {path} is damaged; mend or delete it") from error

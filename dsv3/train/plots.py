@@ -19,9 +19,11 @@ def smoothed(values: Sequence[float], decay: float = 0.9) -> np.ndarray:
 
 def plot_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Training loss (next token and every MTP depth) and validation bits per byte against consumed tokens."""
+    steps = [record for record in records if "loss" in record]
+    if not steps:
+        return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    steps = [record for record in records if "loss" in record]
     tokens = [record["tokens"] for record in steps]
     axes.plot(tokens, [record["loss"] for record in steps], color="C0", alpha=0.25)
     axes.plot(tokens, smoothed([record["loss"] for record in steps]), color="C0", label="next token")
@@ -44,9 +46,9 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
 def plot_expert_load(records: Sequence[dict[str, Any]], path: Path, columns: int = 100) -> None:
     """One panel per MoE layer: every expert's share of the mean load over time (1 is perfect balance)."""
     steps = [record for record in records if "load" in record]
-    load_SLE = np.array([record["load"] for record in steps], np.float64)
-    if load_SLE.shape[1] == 0:
+    if not steps or not steps[0]["load"]:
         return
+    load_SLE = np.array([record["load"] for record in steps], np.float64)
     groups = np.array_split(np.arange(len(steps)), min(columns, len(steps)))
     load_SLE = np.stack([load_SLE[group].mean(axis=0) for group in groups])
     share_SLE = load_SLE / np.maximum(load_SLE.mean(axis=-1, keepdims=True), 1e-9)

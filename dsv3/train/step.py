@@ -89,8 +89,9 @@ def make_train_step(
         def accumulate(sums, batch):
             return jax.tree.map(jnp.add, sums, micro_step(batch)), None
 
-        first, rest = (jax.tree.map(lambda a, part=part: a[part], batches) for part in (0, slice(1, None)))
-        (grads, losses), _ = jax.lax.scan(accumulate, micro_step(first), rest)
+        shapes = jax.eval_shape(micro_step, jax.tree.map(lambda a: a[0], batches))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (grads, losses), _ = jax.lax.scan(accumulate, zeros, batches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - knobs.learning_rate * u, state.params, updates)
         routing = update_routing(state.routing, losses.load, knobs.bias_update_speed)

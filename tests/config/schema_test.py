@@ -24,7 +24,7 @@ from dsv3.config import (
 )
 
 DATA = DataConfig(
-    path=None, pattern="*.py", validation_fraction=0.1, tokenizer="bytes", bpe_vocab_size=300, fim_rate=0.0,
+    path=None, pattern="*.py", validation_fraction=0.1, tokenizer="bytes", bpe_vocab_size=60, fim_rate=0.0,
     segment_ids=False, eval_bytes=100, eval_stride=4, seed=0)
 RAMP = (
     Phase(until=1000, start=2, end=8, shape="linear"),
@@ -244,6 +244,11 @@ def test_sizes_are_positive(path, text):
     ({"train.learning_rate.1.shape": "cosine"}, "a cosine phase needs a finite phase.until"),
     ({"train.learning_rate.1.until": "1000"}, "train.learning_rate: phases end at [1000, 1000]; expected strictly"),
     ({"train.mtp_lambda.0.start": "-1", "train.mtp_lambda.0.end": "-1"}, "train.mtp_lambda falls to -1"),
+    ({"train.learning_rate.0.end": "nan"}, "expected finite values"),
+    ({"train.seed": "99999999999999999999"}, "train.seed is 99999999999999999999"),
+    ({"data.seed": "-1"}, "data.seed is -1"),
+    ({"data.path": ""}, "data.path is empty"),
+    ({"data.tokenizer": "bpe", "data.bpe_vocab_size": "62"}, "data.bpe_vocab_size 62 exceeds model.vocab_size 61"),
     ({"train.balance_alpha": "-0.1"}, "train.balance_alpha is -0.1"),
     ({"train.optimizer.eps": "0"}, "optimizer.eps is 0"),
     ({"train.optimizer.weight_decay": "-1"}, "optimizer.weight_decay is -1"),

@@ -28,7 +28,7 @@ def test_train_continue_and_generate(tmp_path):
     first = run("pretrain", *arguments)
     assert first.returncode == 0, first.stderr
     assert "bits per byte" in first.stdout and "bigram" in first.stdout and "xz" in first.stdout
-    again = run("pretrain", *arguments, "--config.train.log_every=1")
+    again = run("pretrain", *arguments, "--config.train.keep_checkpoints=3")
     assert again.returncode == 0, again.stderr
     text = run("generate", f"--workdir={tmp_path / 'run'}", "--prompt=def alpha", "--max_new_tokens=12")
     assert text.returncode == 0, text.stderr
@@ -45,6 +45,7 @@ def one_line(stderr):
     ("pretrain", ["--config=configs/tiny.py", "--workdir=unused", "--config.train.stepz=3"], "did you mean 'steps'"),
     ("pretrain", ["--config=configs/tiny.py", "--workdir=setup.cfg/run"], "--workdir"),
     ("generate", ["--workdir=nowhere"], "holds no checkpoint"),
+    ("generate", ["--workdr=runs/tiny"], "workdr"),
 ])
 def test_a_mistake_is_one_line_and_exit_status_1(module, arguments, words):
     process = run(module, *arguments)

@@ -47,7 +47,7 @@ def problem(sizes, seed=1):
 
 @partial(jax.jit, static_argnums=0)
 def value_and_gradients(function, rows_JD, sizes_E, w_EDF, cotangent_JF):
-    out, vjp = jax.vjp(lambda rows, w: function(rows, sizes_E, w, block=BLOCK), rows_JD, w_EDF)
+    out, vjp = jax.vjp(lambda rows, w: function(rows, sizes_E, w, BLOCK), rows_JD, w_EDF)
     return out, *vjp(cotangent_JF)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import chex
 import numpy as np
@@ -11,13 +12,14 @@ from small_runs import read_lines, small_config, write_corpus
 from dsv3.config import UserError
 from dsv3.model.ops import reference_ops
 from dsv3.train.loop import train
+from dsv3.train.metrics import MetricsWriter
 
 OPS = reference_ops(row_block=8, loss_chunk=64)
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "text")
 
 
 def with_steps(config, steps):
@@ -67,12 +69,45 @@ def test_a_run_leaves_metrics_plots_and_checkpoints(corpus, tmp_path):
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, balance_alpha=0.5))
     with pytest.raises(UserError, match="train.balance_alpha"):
         train(other, run, OPS)
+    config_file = run / "config.json"
+    config_file.write_text("damaged")  # only a record for people: the checkpoint holds the configuration
     lost = records[-1] | {"step": 99, "loss": 1.0}
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(lost) + "\n" + '{"step": 100, "los')
     again = train(with_steps(config, 7), run, OPS)
     assert int(again.state.step) == 7
     assert [r["step"] for r in read_lines(run / "metrics.jsonl") if "loss" in r] == list(range(1, 8))
+
+
+@pytest.mark.slow
+def test_a_corrected_mistake_needs_no_new_workdir_and_other_data_is_refused(corpus, tmp_path):
+    """A run that never started leaves nothing in the way; one that did wants the data that it has read."""
+    run, config = tmp_path / "run", small_config(corpus, **{"train.steps": "2"})
+    for wrong in ({"data.path": "/nowhere"}, {"model.vocab_size": "200"}):
+        with pytest.raises(UserError):
+            train(small_config(corpus, **wrong), run, OPS)
+    train(config, run, OPS)
+    steps = [record["step"] for record in read_lines(run / "metrics.jsonl")]
+    assert steps == sorted(steps)
+
+    shutil.rmtree(run / "data")
+    changed = write_corpus(tmp_path / "changed")
+    (changed / "module_3.py").write_text("another = 1\n" * 30)
+    other = dataclasses.replace(config.data, path=str(changed))
+    with pytest.raises(UserError, match="data.path"):
+        train(dataclasses.replace(config, data=other), run, OPS)
+    shutil.rmtree(run / "data")
+    shutil.rmtree(corpus)
+    shutil.copytree(changed, corpus)
+    with pytest.raises(UserError, match="read other data"):
+        train(with_steps(config, 4), run, OPS)
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        MetricsWriter(tmp_path, 3)
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
 
 
 def test_a_batch_ramp_grows_the_number_of_micro_batches(corpus, tmp_path):

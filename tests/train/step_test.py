@@ -119,3 +119,23 @@ def test_mtp_lambda_zero_leaves_the_mtp_module_without_gradient():
         before, split(uneven_batch(), 1), KNOBS._replace(mtp_lambda=jnp.float32(0)))
     chex.assert_trees_all_equal(after.params["mtp_0"], params["mtp_0"])
     assert distance(after.params["head"], params["head"]) > 1e-4
+
+
+def test_the_objective_is_main_plus_lambda_over_depths_plus_alpha_balance():
+    """Equation 25 written out at depth two: the first moment after one step is 0.1 of the gradient of that sum."""
+    config = model_config(n_layers=1, n_dense_layers=0, mtp=dict(depth=2))
+    model, variables, batch = transformer(config), random_variables(config), uneven_batch()
+    train = dataclasses.replace(TRAIN, optimizer=dataclasses.replace(TRAIN.optimizer, clip_norm=1e9))
+
+    def objective(params):
+        losses = model.apply({**variables, "params": params}, batch)
+        mtp = 0.3 / 2 * (losses.mtp_D[0] + losses.mtp_D[1]) / 26
+        return losses.main / 26 + mtp + train.balance_alpha * losses.balance / 4
+
+    expected = jax.jit(jax.grad(objective))(variables["params"])
+    state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, variables["params"]),
+                       variables["routing"], adamw(train.optimizer).init(variables["params"]))
+    after, _ = make_train_step(model, train, False)(state, split(batch, 1), KNOBS)
+    moments = next(part.mu for part in after.opt_state if hasattr(part, "mu"))
+    for actual, wanted in zip(jax.tree.leaves(moments), jax.tree.leaves(expected), strict=True):
+        assert distance(actual, 0.1 * wanted) < 1e-4
