@@ -62,9 +62,9 @@ def measure(config: Config, repeats: int) -> dict:
     seconds = statistics.median(times[3:])
     flops = train_flops_per_token(config.model, config.train.seq_len) * batches.tokens_BT.size
     return {
-        "layers": config.model.n_layers, "mtp": config.model.mtp.depth, "step_seconds": seconds, "compile_seconds": compile_seconds,
-        "program_lines": len(lowered.as_text().splitlines()), "mfu": flops / seconds / peak_flops(),
-        "final_loss": float(metrics.loss),
+        "layers": config.model.n_layers, "mtp": config.model.mtp.depth, "step_seconds": seconds,
+        "compile_seconds": compile_seconds, "program_lines": len(lowered.as_text().splitlines()),
+        "mfu": flops / seconds / peak_flops(), "final_loss": float(metrics.loss),
     }
 
 
