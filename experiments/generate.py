@@ -16,6 +16,7 @@ PROMPT = flags.DEFINE_string("prompt", "", "text to continue")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "stop after this many tokens")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 is greedy")
 TOP_P = flags.DEFINE_float("top_p", 0.95, "sample from the most likely tokens that hold this much probability")
+EMA = flags.DEFINE_bool("ema", False, "use the moving average of the weights")
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
 CACHE_LENGTH = flags.DEFINE_integer("cache_length", None, "slots of the cache; default: the training length")
 
@@ -23,7 +24,7 @@ CACHE_LENGTH = flags.DEFINE_integer("cache_length", None, "slots of the cache; d
 def main(overrides: Sequence[str]) -> None:
     require(not overrides, "a run keeps its own configuration; --config fields cannot be set here")
     require(PROMPT.value.encode("utf-8", "replace").decode() == PROMPT.value, "--prompt is not valid UTF-8")
-    run = load_run(Path(WORKDIR.value))
+    run = load_run(Path(WORKDIR.value), ema=EMA.value)
     pieces = continue_text(
         run.config.model, reference_ops(row_block=8), run.variables, run.tokenizer, PROMPT.value,
         cache_length=run.config.train.seq_len if CACHE_LENGTH.value is None else CACHE_LENGTH.value,

@@ -14,12 +14,15 @@ from dsv3.config import Config, require
 from dsv3.evaluation.baselines import bigram_bits, xz_bits
 from dsv3.inference.text import continue_text
 from dsv3.model.ops import reference_ops
-from dsv3.train.loop import Result, train
+from dsv3.parallel.distributed import is_main
+from dsv3.parallel.mesh import on_one_device
+from dsv3.train.loop import Profile, Result, train
 from experiments import launch
 from experiments.report import results_table
 
 CONFIG = flags.DEFINE_string("config", None, "Python file whose get_config() returns the experiment", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, plots", required=True)
+PROFILE = flags.DEFINE_bool("profile", False, "write a trace of a few steps to WORKDIR/profile, for TensorBoard")
 PROMPT = flags.DEFINE_string("prompt", "def ", "text that the sample printed at the end continues")
 
 
@@ -42,7 +45,7 @@ def results(result: Result, seconds: float) -> dict:
 
 def sample(config: Config, result: Result, prompt: str) -> str:
     """A short continuation of `prompt`, at a temperature low enough to show what was learnt."""
-    variables = {"params": result.state.params, "routing": result.state.routing}
+    variables = on_one_device({"params": result.state.params, "routing": result.state.routing})
     pieces = continue_text(
         config.model, reference_ops(row_block=8), variables, result.prepared.tokenizer, prompt,
         cache_length=config.train.seq_len, max_new_tokens=100, temperature=0.3, top_p=0.95)
@@ -54,7 +57,10 @@ def main(overrides: Sequence[str]) -> None:
     require(WORKDIR.value != "", "--workdir is empty; give a directory")
     workdir = Path(WORKDIR.value)
     start = time.perf_counter()
-    result = train(config, workdir, reference_ops())
+    profile = Profile(workdir / "profile") if PROFILE.value else None
+    result = train(config, workdir, reference_ops(), profile)
+    if not is_main():
+        return
     summary = results(result, time.perf_counter() - start)
     (workdir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\nA sample after step {summary['step']}:\n\n{sample(config, result, PROMPT.value)}\n")

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
-from dsv3.config import Config
+from dsv3.config import Config, MeshConfig
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.ops import reference_ops
 from dsv3.model.transformer import Transformer
-from dsv3.train.checkpoint import Checkpoints, open_run, placed
-from dsv3.train.step import init_state
+from dsv3.parallel.mesh import make_mesh, on_one_device
+from dsv3.train.checkpoint import Checkpoints, open_run
+from dsv3.train.step import abstract_state
 
 
 class Run(NamedTuple):
@@ -21,11 +20,14 @@ class Run(NamedTuple):
     variables: dict
 
 
-def load_run(workdir: Path) -> Run:
-    """Restore the newest checkpoint below `workdir`. Raises `UserError` where there is none."""
+def load_run(workdir: Path, *, ema: bool = False) -> Run:
+    """Restore the newest undamaged checkpoint below `workdir` onto one device, whatever mesh it was trained on.
+
+    With `ema`, the weights are their moving average. Raises `UserError` where there is none.
+    """
     with Checkpoints(open_run(workdir)) as checkpoints:
-        config, tokenizer_json, _ = checkpoints.describe()
+        config = checkpoints.describe().config
         model = Transformer(config.model, reference_ops())
-        abstract = jax.eval_shape(lambda: init_state(model, config.train))
-        variables = checkpoints.restore_variables(placed(abstract))
-    return Run(config, Tokenizer.from_json(tokenizer_json), variables)
+        abstract = abstract_state(model, config.train, make_mesh(MeshConfig(data=1)))
+        variables, description = checkpoints.restore_variables(abstract, ema=ema)
+    return Run(description.config, Tokenizer.from_json(description.tokenizer), on_one_device(variables))

@@ -1,27 +1,35 @@
 """Rank 0: every hyper-parameter, complete and validated, with DeepSeek's names."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dsv3.config.data import DataConfig
 from dsv3.config.errors import UserError, require
+from dsv3.config.mesh import MeshConfig
 from dsv3.config.model import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, YarnConfig
 from dsv3.config.schema import Node, differences, from_dict, override, to_dict
-from dsv3.config.train import OptimizerConfig, Phase, TrainConfig, constant
+from dsv3.config.train import EMAConfig, GuardConfig, OptimizerConfig, Phase, TrainConfig, constant
 
 __all__ = [
-    "AttentionConfig", "Config", "DataConfig", "ModelConfig", "MoEConfig", "MTPConfig", "OptimizerConfig", "Phase",
-    "TrainConfig", "UserError", "YarnConfig", "constant", "differences", "from_dict", "override", "require",
-    "to_dict",
+    "AttentionConfig", "Config", "DataConfig", "EMAConfig", "GuardConfig", "MeshConfig", "ModelConfig", "MoEConfig",
+    "MTPConfig", "OptimizerConfig", "Phase", "TrainConfig", "UserError", "YarnConfig", "constant", "differences",
+    "from_dict", "override", "require", "to_dict",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Node):
-    """One experiment: a model, the text it reads, and how it is trained."""
+    """One experiment: a model, the text it reads, how it is trained, and on what.
+
+    `kernels`: `auto` takes the fastest form of every operation that the device has and warns where it must fall back to
+    the reference, `require` raises there instead, `reference` takes plain jnp everywhere.
+    """
 
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    mesh: MeshConfig
+    kernels: Literal["auto", "reference", "require"]
 
     def validate(self) -> None:
         require(self.model.mtp.depth < self.train.seq_len,
@@ -29,6 +37,10 @@ class Config(Node):
         require(self.data.tokenizer == "bytes" or self.data.bpe_vocab_size <= self.model.vocab_size,
                 f"data.bpe_vocab_size {self.data.bpe_vocab_size} exceeds model.vocab_size {self.model.vocab_size}: "
                 "every token needs an embedding")
+        rows = self.train.micro_batch_size * self.mesh.data
+        require(self.train.batch_increment % rows == 0,
+                f"train.batch_increment {self.train.batch_increment} is not divisible by train.micro_batch_size "
+                f"{self.train.micro_batch_size} times mesh.data {self.mesh.data}")
         require(self.data.eval_stride <= self.train.seq_len,
                 f"data.eval_stride {self.data.eval_stride} exceeds train.seq_len {self.train.seq_len}: "
                 "tokens between windows would not be scored")

@@ -65,6 +65,41 @@ class OptimizerConfig(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EMAConfig(Node):
+    """Exponential moving average of the weights, on the host: decay * average + (1 - decay) * weights, every few steps.
+
+    The report keeps one and states neither number (section 3.2.3).
+    """
+
+    decay: float
+    every: int
+
+    def validate(self) -> None:
+        require(0 <= self.decay < 1, f"ema.decay is {self.decay}; expected 0 <= decay < 1")
+        require(self.every > 0, f"ema.every is {self.every}; expected a positive number of steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig(Node):
+    """When a run warns and when it stops by itself.
+
+    `max_bad_steps` steps in a row with a non-finite loss or gradient stop it (none of them changes the weights). A loss
+    more than `spike_deviations` standard deviations above the mean of the last `spike_window` losses is a spike, which
+    is recorded. Replicas of the weights are compared every `replica_check_every` steps.
+    """
+
+    max_bad_steps: int
+    spike_window: int
+    spike_deviations: float
+    replica_check_every: int
+
+    def validate(self) -> None:
+        for name in ("max_bad_steps", "spike_deviations", "replica_check_every"):
+            require(getattr(self, name) > 0, f"guard.{name} is {getattr(self, name)}; expected a positive number")
+        require(self.spike_window > 1, f"guard.spike_window is {self.spike_window}; expected at least 2 steps")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Node):
     """The run. `batch_size` counts sequences and is rounded down to whole multiples of `batch_increment`."""
 
@@ -84,6 +119,8 @@ class TrainConfig(Node):
     eval_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    ema: EMAConfig | None
+    guard: GuardConfig
 
     def validate(self) -> None:
         for name in ("steps", "seq_len", "micro_batch_size", "batch_increment", "log_every", "eval_every",

@@ -1,9 +1,11 @@
 """Endless shuffled micro-batches from packed rows, resumable at any batch."""
 
+from collections.abc import Iterator
+
 import grain
 import numpy as np
 
-from dsv3.config import require
+from dsv3.config import DataConfig, require
 from dsv3.data.prepare import Prepared
 from dsv3.model.batch import Batch
 
@@ -40,25 +42,20 @@ def row_to_example(tokens_L: np.ndarray, segment_ids_L: np.ndarray, segment_ids:
     )
 
 
-def train_loader(prepared: Prepared, micro_batch_size: int, seed: int, segment_ids: bool) -> grain.DatasetIterator:
-    """Iterator without end over `Batch` of `micro_batch_size` rows, every epoch in a new order that `seed` fixes.
-
-    An epoch need not be whole batches: a batch may hold the last rows of one and the first of the next.
-    `get_state()` is a JSON-able dictionary that counts the batches taken, not those the threads read ahead;
-    `set_state` on a fresh iterator over the same rows, with the same arguments, continues with the very next batch.
-
-    Raises `UserError` when there are fewer rows than a micro-batch takes.
-    """
+def train_loader(
+    prepared: Prepared, config: DataConfig, rows: int, *, consumed: int = 0, process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Temporary."""
     n_rows = len(prepared.tokens_RL)
-    require(n_rows >= micro_batch_size, f"the corpus packs into {n_rows} rows, fewer than train.micro_batch_size "
-            f"{micro_batch_size}; give more text, a smaller micro-batch or a shorter train.seq_len")
-    require(0 <= seed < 2**32, f"the data seed is {seed}; expected 0 <= seed < 2**32")
+    local = rows // process_count
     dataset = (
         grain.MapDataset.source(_Rows(prepared.tokens_RL, prepared.segment_ids_RL))
-        .seed(seed)
+        .seed(config.seed)
         .shuffle()
         .repeat()
-        .map(lambda row: row_to_example(*row, segment_ids))
-        .batch(micro_batch_size)
+        .map(lambda row: row_to_example(*row, config.segment_ids))
+        .batch(local)
     )
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+    for n in range(consumed // local + process_index, 10**9, process_count):
+        yield dataset[n]

@@ -62,5 +62,6 @@ def layer_run(config: ModelConfig, ops: Ops, *, moe: bool, length: int, name: st
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(config, ops, moe, name=name)

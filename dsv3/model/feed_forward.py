@@ -31,8 +31,8 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
         norm = gain(self, "norm", c.dim)
-        gate_up = matrix(self, "gate_up", c.init_std, c.dim, 2 * c.inter_dim)
-        down = matrix(self, "down", c.init_std, c.inter_dim, c.dim)
+        gate_up = matrix(self, "gate_up", c.init_std, embed=c.dim, hidden=2 * c.inter_dim)
+        down = matrix(self, "down", c.init_std, hidden=c.inter_dim, embed=c.dim)
         hidden, = self.ops.norm_linear(("mlp.gate_up",), x_BTD, norm, (gate_up,), c.norm_eps)
         return self.ops.swiglu_linear("mlp.down", hidden, down)
 
@@ -50,10 +50,10 @@ class MoE(nn.Module):
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
         c, init, d = self.config.moe, self.config.init_std, self.config.dim
         norm = gain(self, "norm", d)
-        w_gate = matrix(self, "gate", init, d, c.n_routed_experts)
+        w_gate = matrix(self, "gate", init, embed=d, router=c.n_routed_experts)
         weights = ExpertWeights(
-            matrix(self, "experts_gate_up", init, c.n_routed_experts, d, 2 * c.moe_inter_dim),
-            matrix(self, "experts_down", init, c.n_routed_experts, c.moe_inter_dim, d))
+            matrix(self, "experts_gate_up", init, expert=c.n_routed_experts, embed=d, hidden=2 * c.moe_inter_dim),
+            matrix(self, "experts_down", init, expert=c.n_routed_experts, hidden=c.moe_inter_dim, embed=d))
         bias_E = None
         if c.selection_bias:
             bias_E = self.variable("routing", "bias", jnp.zeros, (c.n_routed_experts,), jnp.float32).value
@@ -67,8 +67,9 @@ class MoE(nn.Module):
         y_BTD = self.ops.combine(rows_JD, plan, routes.weights_TK).reshape(x_BTD.shape)
         if c.n_shared_experts > 0:
             width = c.n_shared_experts * c.moe_inter_dim
-            shared = self.ops.linear("shared.gate_up", h_BTD, matrix(self, "shared_gate_up", init, d, 2 * width))
-            y_BTD += self.ops.swiglu_linear("shared.down", shared, matrix(self, "shared_down", init, width, d))
+            gate_up = matrix(self, "shared_gate_up", init, embed=d, hidden=2 * width)
+            down = matrix(self, "shared_down", init, hidden=width, embed=d)
+            y_BTD += self.ops.swiglu_linear("shared.down", self.ops.linear("shared.gate_up", h_BTD, gate_up), down)
         stats = RouterStats(
             gate.expert_counts(routes.topk_TK, valid_BT.reshape(-1), c.n_routed_experts),
             gate.balance_loss(scores_TE.reshape(*valid_BT.shape, -1), valid_BT, c))

@@ -57,19 +57,20 @@ class MLA(nn.Module):
         d = self.config.dim
         q_out = c.n_heads * c.qk_head_dim
         norm = gain(self, "norm", d)
-        kv_a = matrix(self, "kv_a", init, d, c.kv_lora_rank + c.qk_rope_head_dim)
+        kv_a = matrix(self, "kv_a", init, embed=d, kv_latent=c.kv_lora_rank + c.qk_rope_head_dim)
         kv_norm = gain(self, "kv_norm", c.kv_lora_rank)
-        kv_b = matrix(self, "kv_b", init, c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
-        out = matrix(self, "o", init, c.n_heads * c.v_head_dim, d)
+        kv_b = matrix(
+            self, "kv_b", init, kv_latent=c.kv_lora_rank, heads=c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
+        out = matrix(self, "o", init, heads=c.n_heads * c.v_head_dim, embed=d)
 
         eps = self.config.norm_eps
         if c.q_lora_rank is None:
-            q = matrix(self, "q", init, d, q_out)
+            q = matrix(self, "q", init, embed=d, heads=q_out)
             q_flat, kv_flat = self.ops.norm_linear(("attn.q", "attn.kv_a"), x_BTD, norm, (q, kv_a), eps)
         else:
-            q_a = matrix(self, "q_a", init, d, c.q_lora_rank)
+            q_a = matrix(self, "q_a", init, embed=d, q_latent=c.q_lora_rank)
             q_norm = gain(self, "q_norm", c.q_lora_rank)
-            q_b = matrix(self, "q_b", init, c.q_lora_rank, q_out)
+            q_b = matrix(self, "q_b", init, q_latent=c.q_lora_rank, heads=q_out)
             q_BTQ, kv_flat = self.ops.norm_linear(("attn.q_a", "attn.kv_a"), x_BTD, norm, (q_a, kv_a), eps)
             q_flat, = self.ops.norm_linear(("attn.q_b",), q_BTQ, q_norm, (q_b,), eps)
 

@@ -56,7 +56,7 @@ class MTP(nn.Module):
         hidden_BTD = rms_norm(hidden_BTD, gain(self, "hnorm", c.dim), c.norm_eps)
         embedded_BTD = rms_norm(embedded_BTD, gain(self, "enorm", c.dim), c.norm_eps)
         pair = (embedded_BTD, hidden_BTD) if c.mtp.eh_order == "embedding_first" else (hidden_BTD, embedded_BTD)
-        eh_proj = matrix(self, "eh_proj", c.init_std, 2 * c.dim, c.dim)
+        eh_proj = matrix(self, "eh_proj", c.init_std, hidden=2 * c.dim, embed=c.dim)
         x_BTD = self.ops.linear("mtp.eh_proj", jnp.concatenate(pair, axis=-1), eh_proj)
         block = remat_block(c.remat, scanned=False)(c, self.ops, moe=True, name="block")
         x_BTD, (_, stats) = block(x_BTD, None, context)

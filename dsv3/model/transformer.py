@@ -46,14 +46,14 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed = matrix(self, "embed", c.init_std, c.vocab_size, c.dim)
+        self.embed = matrix(self, "embed", c.init_std, vocab=c.vocab_size, embed=c.dim)
         runs = {"dense_layers": (False, c.n_dense_layers), "moe_layers": (True, c.n_moe_layers)}
         self.runs = {
             name: layer_run(c, self.ops, moe=moe, length=length, name=name)
             for name, (moe, length) in runs.items() if length > 0
         }
         self.norm = gain(self, "norm", c.dim)
-        self.head = matrix(self, "head", c.init_std, c.dim, c.vocab_size)
+        self.head = matrix(self, "head", c.init_std, embed=c.dim, vocab=c.vocab_size)
         self.mtp = [MTP(c, self.ops, name=f"mtp_{depth}") for depth in range(c.mtp.depth)]
 
     def embedded(self, tokens_BT: jax.Array) -> jax.Array:

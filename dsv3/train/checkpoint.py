@@ -1,26 +1,43 @@
-"""Everything a run needs to continue, through Orbax: state, progress, configuration and tokenizer in one step."""
+"""Everything a run needs to continue, through Orbax: written in the background, verified when read (docs/operations.md).
 
+Orbax restores flipped bits without noticing, so every checkpoint carries a fingerprint of each of its arrays, taken
+while they were still in the device's memory, and a sha256 of everything else.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chex
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from dsv3.config import Config, UserError, from_dict, to_dict
+from dsv3.config import Config, UserError, from_dict, require, to_dict
+from dsv3.parallel.fingerprint import fingerprints
 from dsv3.train.step import TrainState
+
+RECORD = "record"
 
 
 class Progress(NamedTuple):
-    """Where the run stands: consumed tokens (an exact Python integer) and the state of the data iterator."""
+    """Where the run stands: tokens consumed, and rows of data taken (both exact Python integers)."""
 
     tokens: int
-    loader: dict[str, Any]
+    rows: int
 
 
 class Checkpoint(NamedTuple):
-    """What changes from step to step."""
+    """What changes from step to step; `ema` is the moving average of the weights on the host, or None."""
 
     state: TrainState
+    ema: chex.ArrayTree | None
     progress: Progress
 
 
@@ -32,72 +49,203 @@ class Description(NamedTuple):
     data: dict[str, str]
 
 
+class Damaged(Exception):
+    """A checkpoint that is not what was saved."""
+
+
 class Checkpoints:
     """The checkpoints of one run, in `workdir/checkpoints`, newest `keep` kept. Use as a context manager.
 
-    Saves are asynchronous; leaving the context waits for them. Each checkpoint holds `params`, `routing`, `opt_state`
-    and `step` as items of their own, `progress`, and `description`: enough to continue or to generate from it alone.
+    Saves are asynchronous and appear by an atomic rename when they are complete; leaving the context waits for them. A
+    save that fails (a full disk) is reported and removed, and the checkpoints before it stay. Each checkpoint is
+    enough to continue or to generate from it alone.
     """
 
     def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+        self._directory, self._keep = (workdir / "checkpoints").resolve(), keep
+        self._manager = self._open()
+        self._saving: int | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, create=True, cleanup_tmp_directories=self._keep is not None)
+        return ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
-    def latest_step(self) -> int | None:
-        """The newest finished step, or None."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """All finished steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def wait(self) -> None:
+        """Until the save under way is on disk, or has failed and was reported."""
+        if self._saving is not None:
+            try:
+                self._manager.wait_until_finished()
+            except Exception as error:  # whatever Orbax and TensorStore raise for a disk that fails or is full
+                self._report(error)
+        self._saving = None
+
+    def _report(self, error: Exception) -> None:
+        logging.error("the checkpoint of step %s could not be saved (%s); training goes on, the newest good one is %s",
+                      self._saving, _line(error), max((s for s in self.steps() if s != self._saving), default="none"))
+        try:
+            self._manager.close()
+        except Exception as again:  # the same failure, told a second time
+            logging.debug("closing after a failed save: %s", again)
+        if jax.process_index() == 0:
+            for partial in self._directory.glob(f"{self._saving}*tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
+        self._manager = self._open()
 
     def save(self, checkpoint: Checkpoint, description: Description) -> None:
-        """Save under the state's own step; a step that is already there is left alone."""
+        """Start saving under the state's own step; a step that is already there is left alone.
+
+        Returns when everything is copied out of the device's memory. Waits first for the save before it.
+        """
+        self.wait()
         step = int(checkpoint.state.step)
-        if step == self.latest_step():
+        if step in self.steps():
             return
-        state = {name: ocp.args.StandardSave(tree) for name, tree in _items(checkpoint.state).items()}
-        self._manager.save(step, args=ocp.args.Composite(
-            **state, progress=ocp.args.JsonSave(checkpoint.progress._asdict()),
-            description=ocp.args.JsonSave(description._asdict() | {"config": to_dict(description.config)})))
+        arrays = _arrays(checkpoint.state, checkpoint.ema)
+        record = _seal({
+            "progress": checkpoint.progress._asdict(),
+            "description": description._asdict() | {"config": to_dict(description.config)},
+            "fingerprints": {name: fingerprints(tree) for name, tree in arrays.items()}})
+        self._saving = step
+        try:
+            self._manager.save(step, args=ocp.args.Composite(
+                **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
+                **{RECORD: ocp.args.JsonSave(record)}))
+        except Exception as error:  # as in wait(); a mistake of ours fails the tests, which look for every checkpoint
+            self._report(error)
+            self._saving = None
 
-    def restore(self, abstract_state: TrainState) -> Checkpoint:
-        """The newest checkpoint, onto the shapes, dtypes and shardings of `abstract_state`."""
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract_state).items()}
-        restored = self._manager.restore(
-            self.latest_step(), args=ocp.args.Composite(**items, progress=ocp.args.JsonRestore()))
-        empty = {name: tree for name, tree in abstract_state._asdict().items() if name not in items}
-        state = TrainState(**{name: restored[name] for name in items} | empty)
-        return Checkpoint(state._replace(step=state.step["step"]), Progress(**restored.progress))
+    def restore(
+        self, abstract_state: TrainState, check: Callable[[Description], None], *, ema: bool,
+    ) -> tuple[Checkpoint, Description] | None:
+        """The newest undamaged checkpoint, onto the shapes, dtypes and shardings of `abstract_state`; None if none is.
 
-    def restore_variables(self, abstract_state: TrainState) -> dict[str, Any]:
-        """`params` and `routing` alone, as the model's `apply` takes them; the optimizer's state is not read."""
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract_state).items()
-                 if name in ("params", "routing")}
-        restored = self._manager.restore(self.latest_step(), args=ocp.args.Composite(**items))
-        return {"routing": {}} | {name: restored[name] for name in items}
+        `check` sees each checkpoint's description before its arrays are read, and may refuse it with a `UserError`.
+        A damaged checkpoint is named in the log and moved to `damaged/` in the workdir. Raises `UserError` when all are.
+        """
+        steps, damaged = self.steps(), []
+        for step in reversed(steps):
+            try:
+                record = self._record(step)
+                description = _description(record)
+                check(description)
+                found = self._read(step, _arrays(abstract_state, _host(abstract_state.params) if ema else None), record)
+                state = abstract_state._replace(
+                    **{name: found[name] for name in found if name in TrainState._fields}, **found["counters"])
+                return Checkpoint(state, found.get("ema"), Progress(**record["progress"])), description
+            except Damaged as error:
+                damaged.append(step)
+                self._set_aside(step, error)
+        require(not steps, f"every checkpoint of {self._directory} is damaged (steps {damaged}, now in "
+                f"{self._directory.parent / 'damaged'}); put a good copy back, or choose another workdir")
+        return None
+
+    def restore_variables(self, abstract_state: TrainState, *, ema: bool) -> tuple[dict[str, Any], Description]:
+        """`params` and `routing` of the newest undamaged checkpoint, as the model's `apply` takes them.
+
+        With `ema`, the moving average stands in for the weights (`UserError` if the run keeps none). Moves nothing.
+        """
+        for step in reversed(self.steps()):
+            try:
+                record = self._record(step)
+                require(not ema or "ema" in record["fingerprints"], f"{self._directory.parent} keeps no moving average "
+                        "of its weights; train.ema was none")
+                trees = _arrays(abstract_state, _host(abstract_state.params))
+                wanted = {name: trees[name] for name in ("ema" if ema else "params", "routing") if name in trees}
+                found = self._read(step, wanted, record)
+                params = jax.tree.map(jnp.asarray, found["ema"]) if ema else found["params"]
+                return {"params": params, "routing": found.get("routing", {})}, _description(record)
+            except Damaged as error:
+                logging.error("checkpoint %s is damaged: %s", self._directory / str(step), error)
+        raise UserError(f"{self._directory} holds no undamaged checkpoint")
 
     def describe(self) -> Description:
-        """The newest checkpoint's configuration, tokenizer and data."""
-        restored = self._manager.restore(
-            self.latest_step(), args=ocp.args.Composite(description=ocp.args.JsonRestore())).description
-        return Description(**restored | {"config": from_dict(Config, restored["config"])})
+        """The newest readable checkpoint's configuration, tokenizer and data."""
+        for step in reversed(self.steps()):
+            try:
+                return _description(self._record(step))
+            except Damaged as error:
+                logging.error("checkpoint %s is damaged: %s", self._directory / str(step), error)
+        raise UserError(f"{self._directory} holds no undamaged checkpoint")
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """The sealed record of a step. Raises `Damaged`."""
+        try:
+            args = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
+            return _unseal(self._manager.restore(step, args=args)[RECORD])
+        except Exception as error:  # a flipped bit can make a reader raise anything
+            raise Damaged(f"its record cannot be read ({_line(error)})") from error
+
+    def _read(self, step: int, trees: dict[str, Any], record: dict) -> dict[str, Any]:
+        """The named arrays of a step, verified. Raises `Damaged`."""
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(
+                **{name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}))
+            found = {name: restored[name] for name in trees}
+            wrong = [f"{name}/{path}" for name, tree in found.items()
+                     for path, value in fingerprints(tree).items() if record["fingerprints"][name].get(path) != value]
+        except Exception as error:  # see _record
+            raise Damaged(f"its arrays cannot be read ({_line(error)})") from error
+        if wrong:
+            raise Damaged(f"{len(wrong)} arrays are not what was saved, the first is {wrong[0]}")
+        return found
+
+    def _set_aside(self, step: int, error: Damaged) -> None:
+        place = self._directory.parent / "damaged" / str(step)
+        logging.error("checkpoint %s is damaged: %s; moved to %s, using the one before",
+                      self._directory / str(step), error, place)
+        if jax.process_index() == 0:
+            place.parent.mkdir(exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            (self._directory / str(step)).rename(place)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
 
 
-def _items(state: TrainState) -> dict[str, Any]:
-    """The parts of a state that hold arrays, as Orbax wants them: trees, not leaves, and none of them empty."""
-    items = state._asdict() | {"step": {"step": state.step}}
+def _arrays(state: TrainState, ema: chex.ArrayTree | None) -> dict[str, Any]:
+    """The items of a checkpoint that hold arrays, as Orbax wants them: trees, not leaves, and none of them empty."""
+    items = {"params": state.params, "routing": state.routing, "opt_state": state.opt_state,
+             "counters": {"step": state.step, "bad_steps": state.bad_steps}, "ema": ema}
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 
-def placed(abstract_state: TrainState) -> TrainState:
-    """`abstract_state` with every array on the default device, as `restore` wants it."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_state)
+def _host(params: chex.ArrayTree) -> chex.ArrayTree:
+    """Shapes without a sharding: Orbax restores them as NumPy arrays."""
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), params)
+
+
+def _seal(record: dict[str, Any]) -> dict[str, str]:
+    body = json.dumps(record)
+    return {"body": body, "sha256": hashlib.sha256(body.encode()).hexdigest()}
+
+
+def _unseal(sealed: dict[str, str]) -> dict[str, Any]:
+    if hashlib.sha256(sealed["body"].encode()).hexdigest() != sealed["sha256"]:
+        raise Damaged("its sha256 does not match")
+    return json.loads(sealed["body"])
+
+
+def _description(record: dict[str, Any]) -> Description:
+    fields = record["description"]
+    return Description(**fields | {"config": from_dict(Config, fields["config"])})
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error, short enough for a log."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
 
 
 def open_run(workdir: Path) -> Path:

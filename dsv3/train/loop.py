@@ -1,13 +1,16 @@
 """The training loop: data in, steps, validation, checkpoints and metrics out; the same call continues a run."""
 
+import contextlib
+import itertools
 import json
-import time
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from dsv3.config import Config, UserError, differences, require, to_dict
@@ -17,16 +20,34 @@ from dsv3.model.batch import Batch
 from dsv3.model.flops import train_flops_per_token
 from dsv3.model.ops import Ops
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.distributed import barrier, is_main
+from dsv3.parallel.fingerprint import check_replicas
+from dsv3.parallel.mesh import make_mesh, on_one_device, place_local
 from dsv3.train import schedule
-from dsv3.train.checkpoint import Checkpoint, Checkpoints, Description, Progress, placed
+from dsv3.train.checkpoint import Checkpoint, Checkpoints, Description, Progress
+from dsv3.train.diagnosis import first_nonfinite
+from dsv3.train.ema import HostEMA, initial_average
 from dsv3.train.metrics import MetricsWriter, read_metrics, step_record
 from dsv3.train.plots import plot_expert_load, plot_loss
-from dsv3.train.step import Knobs, TrainState, init_state, make_train_step
-from dsv3.train.throughput import peak_flops
+from dsv3.train.spikes import SpikeDetector
+from dsv3.train.step import Knobs, TrainState, abstract_state, init_state, make_train_step
+from dsv3.train.stopping import Stopped, StopRequest
+from dsv3.train.throughput import Timer, peak_flops
 from dsv3.train.validation import Validation, make_validation
 
-MAY_CHANGE = ("train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints")
-"""Fields that a continued run may set anew: none of them changes what a given step computes."""
+MAY_CHANGE = (
+    "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.guard", "train.micro_batch_size", "mesh", "kernels", "model.remat",
+)
+"""Fields that a continued run may set anew: none of them changes what a step computes, but for rounding."""
+
+
+class Profile(NamedTuple):
+    """Which steps of this session to write a trace of, for TensorBoard: after the first compilation has settled."""
+
+    directory: Path
+    skip: int = 10
+    steps: int = 3
 
 
 class Result(NamedTuple):
@@ -47,26 +68,26 @@ def open_workdir(workdir: Path) -> None:
         raise UserError(f"--workdir={workdir} cannot be a directory to write in: {error.strerror}") from error
 
 
+def open_data(config: Config, workdir: Path) -> Prepared:
+    """The prepared data of a run. Process 0 builds what is missing; the others wait for it."""
+    load = lambda: prepare(config.data, config.train.seq_len, workdir / "data")
+    prepared = load() if is_main() else None
+    barrier("data prepared", timeout_s=24 * 3600)
+    prepared = prepared or load()
+    require(prepared.tokenizer.vocab_size <= config.model.vocab_size,
+            f"the tokenizer has {prepared.tokenizer.vocab_size} tokens, more than model.vocab_size "
+            f"{config.model.vocab_size}; raise model.vocab_size or lower data.bpe_vocab_size")
+    return prepared
+
+
 def check_same_run(workdir: Path, config: Config, data: dict[str, str], description: Description) -> None:
     """Raise `UserError` unless a checkpoint's configuration (but for `MAY_CHANGE`) and data are these."""
     changed = [line for line in differences(to_dict(description.config), to_dict(config))
-               if not line.startswith(tuple(f"{name}:" for name in MAY_CHANGE))]
+               if not line.startswith(tuple(f"{name}{end}" for name in MAY_CHANGE for end in (":", ".")))]
     require(not changed, f"--workdir={workdir} holds a run with another configuration ({'; '.join(changed)}); "
             "choose another workdir or the same configuration")
     require(description.data == data, f"--workdir={workdir} holds a run that read other data than "
             f"{workdir / 'data'} holds now; restore that directory or choose another workdir")
-
-
-def check_vocabulary(config: Config, prepared: Prepared) -> None:
-    """Raise `UserError` unless the model has an embedding for every token of the tokenizer."""
-    require(prepared.tokenizer.vocab_size <= config.model.vocab_size,
-            f"the tokenizer has {prepared.tokenizer.vocab_size} tokens, more than model.vocab_size "
-            f"{config.model.vocab_size}; raise model.vocab_size or lower data.bpe_vocab_size")
-
-
-def next_batches(loader: grain.DatasetIterator, n_micro: int) -> Batch:
-    """`n_micro` micro-batches stacked on a new axis 0."""
-    return jax.tree.map(lambda *parts: np.stack(parts), *(next(loader) for _ in range(n_micro)))
 
 
 def knobs_at(config: Config, step: int, tokens: int) -> Knobs:
@@ -78,161 +99,190 @@ def knobs_at(config: Config, step: int, tokens: int) -> Knobs:
         schedule.value(train.mtp_lambda, tokens))))
 
 
-class Timer:
-    """Seconds and tokens of training steps alone: compilation, validation and saving are paused."""
-
-    def __init__(self) -> None:
-        self.seconds, self.tokens, self._since = 0.0, 0, None
-        self._taken_seconds, self._taken_tokens = 0.0, 0
-
-    def resume(self) -> None:
-        self._since = time.perf_counter()
-
-    def pause(self) -> None:
-        if self._since is not None:
-            self.seconds += time.perf_counter() - self._since
-        self._since = None
-
-    def take(self) -> float:
-        """Tokens per second since the last call."""
-        rate = self.tokens / self.seconds if self.seconds else 0.0
-        self._taken_seconds += self.seconds
-        self._taken_tokens += self.tokens
-        self.seconds, self.tokens = 0.0, 0
-        return rate
-
-    def tokens_per_second(self) -> float:
-        """Of everything taken so far, 0 before the first step."""
-        return self._taken_tokens / self._taken_seconds if self._taken_seconds else 0.0
-
-
-def train(config: Config, workdir: Path, ops: Ops) -> Result:
-    """Train until `config.train.steps`, from the newest checkpoint in `workdir` if it has one.
+def train(config: Config, workdir: Path, ops: Ops, profile: Profile | None = None) -> Result:
+    """Train until `config.train.steps`, from the newest good checkpoint in `workdir` if it has one.
 
     Writes `config.json`, `data/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `loss.png`, `expert_load.png`.
+    Every process of a job calls it alike; process 0 writes. Raises `Stopped` after SIGTERM, with everything saved, and
+    `UserError` when the run cannot go on: too many bad steps in a row, or replicas that disagree.
     """
+    mesh = make_mesh(config.mesh)
     open_workdir(workdir)
-    prepared = prepare(config.data, config.train.seq_len, workdir / "data")
-    check_vocabulary(config, prepared)
+    prepared = open_data(config, workdir)
     model = Transformer(config.model, ops)
-    loader = train_loader(prepared, config.train.micro_batch_size, config.data.seed, config.data.segment_ids)
-    validate = make_validation(model, config, prepared)
-    with Checkpoints(workdir, keep=config.train.keep_checkpoints) as checkpoints:
-        if checkpoints.latest_step() is not None:
-            check_same_run(workdir, config, prepared.manifest["files"], checkpoints.describe())
-        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        state, tokens = _start(config, model, loader, checkpoints)
-        with MetricsWriter(workdir, int(state.step)) as writer:
-            run = _Run(config, model, prepared, loader, checkpoints, writer, validate)
-            state = run.steps(state, tokens)
-    records = list(read_metrics(workdir / "metrics.jsonl"))
-    plot_loss(records, workdir / "loss.png")
-    plot_expert_load(records, workdir / "expert_load.png")
-    validation = run.validation or validate(state.params, state.routing)
+    check = lambda description: check_same_run(workdir, config, prepared.manifest["files"], description)
+    with Checkpoints(workdir, keep=config.train.keep_checkpoints) as checkpoints, contextlib.ExitStack() as stack:
+        start = _start(config, model, mesh, checkpoints, check)
+        step = int(start.state.step)
+        ema = start.ema and stack.enter_context(HostEMA(config.train.ema, start.ema))
+        writer = stack.enter_context(MetricsWriter(workdir, step)) if is_main() else None
+        if writer:
+            (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        run = _Run(config, model, mesh, prepared, checkpoints, ema, writer)
+        run.spikes_so_far(read_metrics(workdir / "metrics.jsonl"))
+        with StopRequest() as stop:
+            state = run.steps(start.state, start.progress, stop, profile)
+    if is_main():
+        records = list(read_metrics(workdir / "metrics.jsonl"))
+        plot_loss(records, workdir / "loss.png")
+        plot_expert_load(records, workdir / "expert_load.png")
+    validation = run.validation or run.validate(state.params, state.routing)
     return Result(state, validation, prepared, run.timer.tokens_per_second())
 
 
-def _start(config, model, loader, checkpoints) -> tuple[TrainState, int]:
-    """The state and consumed tokens to start from; moves `loader` to its place."""
-    initialise = lambda: init_state(model, config.train)
-    if checkpoints.latest_step() is None:
-        return jax.jit(initialise)(), 0
-    state, progress = checkpoints.restore(placed(jax.eval_shape(initialise)))
-    loader.set_state(progress.loader)
-    return state, progress.tokens
+def _start(config, model, mesh, checkpoints, check) -> Checkpoint:
+    """The newest good checkpoint, or step 0."""
+    keeps_ema = config.train.ema is not None
+    restored = checkpoints.restore(abstract_state(model, config.train, mesh), check, ema=keeps_ema)
+    if restored is not None:
+        return restored[0]
+    state = init_state(model, config.train, mesh)
+    return Checkpoint(state, initial_average(state.params) if keeps_ema else None, Progress(tokens=0, rows=0))
 
 
 class _Run:
     """The parts of a run that every step touches."""
 
-    def __init__(self, config, model, prepared, loader, checkpoints, writer, validate) -> None:
-        self.config, self.prepared, self.loader = config, prepared, loader
-        self.checkpoints, self.writer, self.validate = checkpoints, writer, validate
-        self.train_step = make_train_step(model, config.train, config.data.segment_ids)
+    def __init__(self, config: Config, model: Transformer, mesh: Mesh, prepared: Prepared,
+                 checkpoints: Checkpoints, ema: HostEMA | None, writer: MetricsWriter | None) -> None:
+        self.config, self.model, self.mesh, self.prepared = config, model, mesh, prepared
+        self.checkpoints, self.ema, self.writer = checkpoints, ema, writer
+        self.validate = make_validation(model, config, prepared, mesh)
+        self.train_step = make_train_step(model, config.train, config.data.segment_ids, mesh)
         self.flops_per_token = train_flops_per_token(config.model, config.train.seq_len)
-        self.peak_flops = peak_flops()
+        self.peak_flops = peak_flops() * mesh.size
+        self.spikes = SpikeDetector(config.train.guard)
         self.timer = Timer()
         self.pending: list[tuple[dict[str, Any], Any]] = []
         self.shapes: set[int] = set()
+        self.batches: Batch | None = None
         self.line = ""
         self.validation: Validation | None = None
 
-    def steps(self, state: TrainState, tokens: int) -> TrainState:
+    def spikes_so_far(self, records: Iterator[dict[str, Any]]) -> None:
+        """Show the detector the losses of the run before this session."""
+        for record in records:
+            if "loss" in record:
+                self.spikes.is_spike(record["loss"])
+
+    def loader(self, progress: Progress) -> Iterator[Batch]:
+        """This process's share of every micro-batch of the mesh, from where `progress` stands."""
+        rows = self.config.train.micro_batch_size * self.config.mesh.data
+        return train_loader(self.prepared, self.config.data, rows, consumed=progress.rows,
+                            process_index=jax.process_index(), process_count=jax.process_count())
+
+    def steps(self, state: TrainState, progress: Progress, stop: StopRequest, profile: Profile | None) -> TrainState:
         """Run all remaining steps."""
-        train = self.config.train
+        train, loader = self.config.train, self.loader(progress)
         first = int(state.step)
-        with tqdm(total=train.steps, initial=first, unit="step", disable=None, dynamic_ncols=True) as bar:
+        tracing = (range(first + profile.skip, first + profile.skip + profile.steps) if profile else range(0))
+        with tqdm(total=train.steps, initial=first, unit="step", disable=None if is_main() else True,
+                  dynamic_ncols=True) as bar:
             for step in range(first, train.steps):
-                state, tokens = self.one_step(state, step, tokens)
+                if tracing and step == tracing.start:
+                    self.log(state)
+                    jax.profiler.start_trace(profile.directory)
+                state, progress = self.one_step(state, loader, step, progress)
                 done = step + 1
-                last = done == train.steps
+                if tracing and done == min(tracing.stop, train.steps) > tracing.start:
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+                last, stopping = done == train.steps, stop.reached(done)
                 if done % train.log_every == 0 or last:
-                    bar.set_postfix_str(self.log())
+                    bar.set_postfix_str(self.log(state))
+                if done % train.guard.replica_check_every == 0 or last:
+                    check_replicas(self.mesh, {"params": state.params, "routing": state.routing})
                 if done % train.eval_every == 0 or last:
-                    self.evaluate(state, done, tokens)
-                if done % train.checkpoint_every == 0 or last:
-                    self.save(state, tokens)
+                    self.evaluate(state, done, progress)
+                if done % train.checkpoint_every == 0 or last or stopping:
+                    self.save(state, progress)
                 bar.update()
+                if stopping and not last:
+                    raise Stopped(f"stopped after step {done}, saved; the same command continues")
         return state
 
-    def one_step(self, state: TrainState, step: int, tokens: int) -> tuple[TrainState, int]:
+    def one_step(
+        self, state: TrainState, loader: Iterator[Batch], step: int, progress: Progress,
+    ) -> tuple[TrainState, Progress]:
         """Read a global batch and take one step; its metrics stay on the device until `log` fetches them."""
-        sequences = schedule.batch_sequences(self.config.train, tokens)
-        batches = next_batches(self.loader, sequences // self.config.train.micro_batch_size)
-        knobs = knobs_at(self.config, step, tokens)
-        compiles = len(batches.tokens_BT) not in self.shapes
-        self.shapes.add(len(batches.tokens_BT))
+        config = self.config.train
+        sequences = schedule.batch_sequences(config, progress.tokens)
+        n_micro = sequences // (config.micro_batch_size * self.config.mesh.data)
+        self.batches = jax.tree.map(lambda *parts: np.stack(parts), *itertools.islice(loader, n_micro))
+        knobs = knobs_at(self.config, step, progress.tokens)
+        compiles = n_micro not in self.shapes
+        self.shapes.add(n_micro)
         if compiles:
             self.timer.pause()
-        state, metrics = self.train_step(state, batches, knobs)
-        consumed = sequences * self.config.train.seq_len
+        state, metrics = self.train_step(state, place_local(self.mesh, self.batches), knobs)
+        if self.ema:
+            self.ema.update(state.params, step + 1)
+        progress = Progress(progress.tokens + sequences * config.seq_len, progress.rows + sequences)
         if compiles:
             jax.block_until_ready(metrics)
             self.timer.resume()
         else:
-            self.timer.tokens += consumed
-        record = {"step": step + 1, "tokens": tokens + consumed, "learning_rate": float(knobs.learning_rate),
-                  "bias_update_speed": float(knobs.bias_update_speed), "mtp_lambda": float(knobs.mtp_lambda)}
+            self.timer.tokens += sequences * config.seq_len
+        record = {"step": step + 1, "tokens": progress.tokens} | {
+            name: float(value) for name, value in knobs._asdict().items()}
         self.pending.append((record, metrics))
-        return state, tokens + consumed
+        return state, progress
 
-    def log(self) -> str:
-        """Fetch and write the metrics of the steps since the last call; returns a line for the progress bar."""
+    def log(self, state: TrainState) -> str:
+        """Fetch, judge and write the metrics of the steps since the last call; a line for the progress bar."""
         if not self.pending:
             return self.line
         fetched = jax.device_get([metrics for _, metrics in self.pending])
         self.timer.pause()
         rate = self.timer.take()
-        records = [record | step_record(metrics)
-                   for (record, _), metrics in zip(self.pending, fetched, strict=True)]
+        records = [record | step_record(metrics) for (record, _), metrics in zip(self.pending, fetched, strict=True)]
+        self.pending.clear()
+        for record in records:
+            record["loss_spike"] = self.spikes.is_spike(record["loss"])
+            if record["loss_spike"]:
+                logging.warning("loss spike at step %d: %.4g", record["step"], record["loss"])
         if rate:
             records[-1] |= {"tokens_per_second": rate, "mfu": rate * self.flops_per_token / self.peak_flops}
-        for record in records:
-            self.writer.write(record)
-        self.pending.clear()
-        self.writer.flush()
-        self.timer.resume()
+        self.write(*records)
         last = records[-1]
-        worst = max(last["max_vio"], default=0.0)
-        self.line = f"loss {last['loss']:.3f}, MaxVio {worst:.2f}, {rate:,.0f} tokens/s"
+        self.check_bad_steps(state, last)
+        self.timer.resume()
+        skipped = f", {last['bad_steps']} bad steps" if last["bad_steps"] else ""
+        self.line = f"loss {last['loss']:.3f}, MaxVio {max(last['max_vio'], default=0):.2f}, {rate:,.0f} tokens/s{skipped}"
         return self.line
 
-    def evaluate(self, state: TrainState, step: int, tokens: int) -> None:
-        self.log()
+    def write(self, *records: dict[str, Any]) -> None:
+        if self.writer:
+            for record in records:
+                self.writer.write(record)
+            self.writer.flush()
+
+    def check_bad_steps(self, state: TrainState, record: dict[str, Any]) -> None:
+        """Raise `UserError` naming the culprit after too many non-finite steps in a row. The weights are still good."""
+        if record["bad_steps_in_a_row"] < self.config.train.guard.max_bad_steps:
+            return
+        params, routing = on_one_device((state.params, state.routing))
+        places = (first_nonfinite(self.model, params, routing, jax.tree.map(lambda a: a[micro], self.batches),
+                                  self.config.data.segment_ids) for micro in range(len(self.batches.tokens_BT)))
+        place = next((name for name in places if name), "nothing that a second look at the batch shows")
+        raise UserError(f"{record['bad_steps_in_a_row']} steps in a row up to step {record['step']} had a loss or "
+                        f"gradient that is not finite; first: {place}. The checkpoints hold the last good weights")
+
+    def evaluate(self, state: TrainState, step: int, progress: Progress) -> None:
+        self.log(state)
         self.timer.pause()
         self.validation = self.validate(state.params, state.routing)
-        self.writer.write({
-            "step": step, "tokens": tokens, "validation_bits_per_byte": self.validation.bits_per_byte,
+        self.write({
+            "step": step, "tokens": progress.tokens, "validation_bits_per_byte": self.validation.bits_per_byte,
             "validation_mtp_agreement": self.validation.mtp_agreement,
             "validation_mtp_chance": self.validation.mtp_chance, "validation_max_vio": self.validation.max_vio})
-        self.writer.flush()
         self.timer.resume()
 
-    def save(self, state: TrainState, tokens: int) -> None:
+    def save(self, state: TrainState, progress: Progress) -> None:
         """Metrics of all steps so far are on disk before the checkpoint that a continued run starts from."""
-        self.log()
+        self.log(state)
         self.timer.pause()
-        checkpoint = Checkpoint(state, Progress(tokens, self.loader.get_state()))
         tokenizer, data = self.prepared.tokenizer.to_json(), self.prepared.manifest["files"]
+        checkpoint = Checkpoint(state, self.ema and self.ema.average(), progress)
         self.checkpoints.save(checkpoint, Description(self.config, tokenizer, data))
         self.timer.resume()

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
@@ -14,7 +15,7 @@ from dsv3.train.step import StepMetrics
 
 def step_record(metrics: StepMetrics) -> dict[str, Any]:
     """A step's metrics as JSON values: scalars, and lists per MTP depth and per layer."""
-    m = StepMetrics(*(np.asarray(value) for value in metrics))
+    m = jax.tree.map(np.asarray, metrics)
     return {
         "loss": float(m.loss),
         "mtp_loss": m.mtp_loss_D.tolist(),
@@ -23,6 +24,8 @@ def step_record(metrics: StepMetrics) -> dict[str, Any]:
         "gradient_norm": float(m.gradient_norm),
         "max_vio": m.max_vio_L.tolist(),
         "load": m.load_LE.tolist(),
+        "bad_steps_in_a_row": int(m.bad_steps.in_a_row),
+        "bad_steps": int(m.bad_steps.total),
     }
 
 

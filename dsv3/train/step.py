@@ -1,18 +1,30 @@
-"""One training step: gradients summed over micro-batches, one AdamW update, one routing-bias update."""
+"""One training step: gradients summed over micro-batches and devices, one AdamW update, one routing-bias update."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from dsv3.config import TrainConfig
 from dsv3.model.batch import Batch
 from dsv3.model.transformer import Losses, Transformer
+from dsv3.parallel import mesh as meshes
 from dsv3.parallel.balance import max_violation, stack_loads, update_routing
 from dsv3.train.optimizer import adamw
+
+
+class BadSteps(NamedTuple):
+    """Steps that changed nothing because their loss or gradient was not finite: the latest in a row, and all of them."""
+
+    in_a_row: jax.Array
+    total: jax.Array
 
 
 class TrainState(NamedTuple):
@@ -22,6 +34,7 @@ class TrainState(NamedTuple):
     params: chex.ArrayTree
     routing: chex.ArrayTree
     opt_state: chex.ArrayTree
+    bad_steps: BadSteps
 
 
 class Knobs(NamedTuple):
@@ -45,15 +58,56 @@ class StepMetrics(NamedTuple):
     gradient_norm: jax.Array
     load_LE: jax.Array
     max_vio_L: jax.Array
+    bad_steps: BadSteps
 
 
-def init_state(model: Transformer, train: TrainConfig) -> TrainState:
-    """Step 0 from `train.seed`; wrap in `jax.eval_shape` for shapes only."""
+def _initial_state(model: Transformer, train: TrainConfig) -> TrainState:
+    """Step 0 from `train.seed`; the parameters still carry the names of their axes."""
     example = Batch(*(jnp.zeros((1, train.seq_len), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32)))
     variables = model.init(jax.random.key(train.seed), example)
     params = variables["params"]
+    zero = jnp.zeros((), jnp.int32)
     return TrainState(
-        jnp.zeros((), jnp.int32), params, variables.get("routing", {}), adamw(train.optimizer).init(params))
+        zero, params, variables.get("routing", {}), adamw(train.optimizer).init(nn.unbox(params)), BadSteps(zero, zero))
+
+
+def state_specs(model: Transformer, train: TrainConfig, mesh: Mesh) -> TrainState:
+    """Where everything lives: a `PartitionSpec` for every array of the state.
+
+    Parameters by the rules table; both moments like their parameter and divided over `data` besides (ZeRO-1).
+    """
+    boxed = jax.eval_shape(lambda: _initial_state(model, train))
+    params = meshes.parameter_specs(boxed.params)
+    zero = zero_specs(params, nn.unbox(boxed.params), mesh)
+    structure = jax.tree.structure(zero, is_leaf=_is_spec)
+    same = lambda tree: jax.tree.structure(tree) == structure
+    opt_state = jax.tree.map(
+        lambda part: zero if same(part) else jax.tree.map(lambda _: P(), part), boxed.opt_state, is_leaf=same)
+    replicated = lambda tree: jax.tree.map(lambda _: P(), tree)
+    return TrainState(P(), params, replicated(boxed.routing), opt_state, replicated(boxed.bad_steps))
+
+
+def _is_spec(leaf: object) -> bool:
+    return isinstance(leaf, P)
+
+
+def zero_specs(specs: chex.ArrayTree, params: chex.ArrayTree, mesh: Mesh) -> chex.ArrayTree:
+    """Specs of what ZeRO-1 divides: gradients and moments."""
+    return jax.tree.map(lambda spec, p: meshes.zero_spec(spec, p.shape, mesh.shape[meshes.DATA]), specs, params,
+                        is_leaf=_is_spec)
+
+
+def abstract_state(model: Transformer, train: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without computing anything."""
+    shapes = jax.eval_shape(lambda: nn.unbox(_initial_state(model, train)))
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                        shapes, meshes.shardings(mesh, state_specs(model, train, mesh)))
+
+
+def init_state(model: Transformer, train: TrainConfig, mesh: Mesh) -> TrainState:
+    """Step 0 from `train.seed`, born where it lives."""
+    placement = meshes.shardings(mesh, state_specs(model, train, mesh))
+    return jax.jit(lambda: nn.unbox(_initial_state(model, train)), out_shardings=placement)()
 
 
 def mean_losses(losses: Losses, tokens: jax.Array, sequences: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -61,16 +115,19 @@ def mean_losses(losses: Losses, tokens: jax.Array, sequences: jax.Array) -> tupl
     return losses.main / tokens, losses.mtp_D / tokens, losses.balance / sequences
 
 
-def make_train_step(
-    model: Transformer, train: TrainConfig, segment_mask: bool,
-) -> Callable[[TrainState, Batch, Knobs], tuple[TrainState, StepMetrics]]:
-    """A jitted step over micro-batches stacked on axis 0 (arrays [M, B, T]). The state's buffers are donated.
+def make_gradients(
+    model: Transformer, train: TrainConfig, segment_mask: bool, mesh: Mesh,
+) -> Callable[[chex.ArrayTree, chex.ArrayTree, Batch, Knobs], tuple[chex.ArrayTree, Losses]]:
+    """(params, routing, batches [M, B, T], knobs) -> gradients and summed `Losses` of the global batch.
 
-    Every micro-batch is normalised by the token count of the whole global batch, so that M micro-batches and one
-    batch M times as large give the same gradient however padding is spread. Expert loads are summed before the sign
-    of the bias update is taken. Compiles once per M.
+    One manual `shard_map` over the whole mesh: every device adds up its own rows' gradients over M micro-batches, and
+    the sums meet in a reduce-scatter, so each device holds the shard whose moments it keeps. Every micro-batch is
+    normalised by the token count of the whole global batch: however rows and padding are spread over micro-batches and
+    devices, the gradient is the same.
     """
-    optimizer = adamw(train.optimizer)
+    specs = state_specs(model, train, mesh).params
+    params_shape = nn.unbox(jax.eval_shape(lambda: _initial_state(model, train)).params)
+    reduced = zero_specs(specs, params_shape, mesh)
 
     def objective(params, routing, batch, knobs, tokens, sequences):
         losses = model.apply({"params": params, "routing": routing}, batch, segment_mask)
@@ -78,13 +135,19 @@ def make_train_step(
         mtp = jnp.sum(mtp_D) / max(len(mtp_D), 1)
         return main + knobs.mtp_lambda * mtp + train.balance_alpha * balance, losses
 
-    def step(state: TrainState, batches: Batch, knobs: Knobs) -> tuple[TrainState, StepMetrics]:
-        tokens = jnp.maximum(jnp.sum(batches.weights_BT), 1)
-        sequences = jnp.maximum(jnp.sum(jnp.any(batches.segment_ids_BT > 0, axis=-1), dtype=jnp.float32), 1)
+    def reduce(gradient, spec):
+        axis = meshes.zero_axis(spec, gradient.shape, mesh.shape[meshes.DATA])
+        if axis is None:
+            return jax.lax.psum(gradient, meshes.DATA)
+        return jax.lax.psum_scatter(gradient, meshes.DATA, scatter_dimension=axis, tiled=True)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, P(), meshes.BATCH, P()), out_specs=(reduced, P()),
+             check_vma=False)
+    def gradients(params, routing, batches, knobs):
+        tokens, sequences = counts(batches)
 
         def micro_step(batch):
-            gradient = jax.grad(objective, has_aux=True)
-            return gradient(state.params, state.routing, batch, knobs, tokens, sequences)
+            return jax.grad(objective, has_aux=True)(params, routing, batch, knobs, tokens, sequences)
 
         def accumulate(sums, batch):
             return jax.tree.map(jnp.add, sums, micro_step(batch)), None
@@ -92,15 +155,49 @@ def make_train_step(
         shapes = jax.eval_shape(micro_step, jax.tree.map(lambda a: a[0], batches))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         (grads, losses), _ = jax.lax.scan(accumulate, zeros, batches)
+        return jax.tree.map(reduce, grads, specs), jax.lax.psum(losses, meshes.DATA)
+
+    return gradients
+
+
+def counts(batches: Batch) -> tuple[jax.Array, jax.Array]:
+    """Counted tokens and sequences that are not padding, of all devices together (inside `shard_map`); at least 1."""
+    tokens = jnp.sum(batches.weights_BT)
+    sequences = jnp.sum(jnp.any(batches.segment_ids_BT > 0, axis=-1), dtype=jnp.float32)
+    return tuple(jnp.maximum(jax.lax.psum(count, meshes.DATA), 1) for count in (tokens, sequences))
+
+
+def make_train_step(
+    model: Transformer, train: TrainConfig, segment_mask: bool, mesh: Mesh,
+) -> Callable[[TrainState, Batch, Knobs], tuple[TrainState, StepMetrics]]:
+    """A jitted step over micro-batches stacked on axis 0 (arrays [M, B, T]). The state's buffers are donated.
+
+    Expert loads are summed over the global batch before the sign of the bias update is taken. A step whose losses or
+    gradient are not all finite changes nothing but its own count: the decision is made here, on the device, so no bad
+    number reaches the weights, the moments, the routing biases, or anything that copies them. Compiles once per M.
+    """
+    optimizer = adamw(train.optimizer)
+    gradients = make_gradients(model, train, segment_mask, mesh)
+    placement = meshes.shardings(mesh, state_specs(model, train, mesh))
+
+    def step(state: TrainState, batches: Batch, knobs: Knobs) -> tuple[TrainState, StepMetrics]:
+        grads, losses = gradients(state.params, state.routing, batches, knobs)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - knobs.learning_rate * u, state.params, updates)
         routing = update_routing(state.routing, losses.load, knobs.bias_update_speed)
-        main, mtp_D, balance = mean_losses(losses, tokens, sequences)
+
+        main, mtp_D, balance = mean_losses(losses, jnp.maximum(losses.tokens, 1), jnp.maximum(losses.sequences, 1))
+        gradient_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(gradient_norm + main + jnp.sum(mtp_D) + balance)
+        params, routing, opt_state = jax.tree.map(
+            partial(jnp.where, finite), (params, routing, opt_state), (state.params, state.routing, state.opt_state))
+        bad = 1 - finite.astype(jnp.int32)
+        bad_steps = BadSteps((state.bad_steps.in_a_row + 1) * bad, state.bad_steps.total + bad)
         load_LE = stack_loads(losses.load)
         metrics = StepMetrics(
             loss=main, mtp_loss_D=mtp_D, mtp_agreement_D=losses.agree_D / jnp.maximum(losses.mtp_tokens_D, 1),
-            balance=balance, gradient_norm=optax.tree.norm(grads), load_LE=load_LE,
-            max_vio_L=max_violation(load_LE))
-        return TrainState(state.step + 1, params, routing, opt_state), metrics
+            balance=balance, gradient_norm=gradient_norm, load_LE=load_LE, max_vio_L=max_violation(load_LE),
+            bad_steps=bad_steps)
+        return TrainState(state.step + 1, params, routing, opt_state, bad_steps), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(placement, None))

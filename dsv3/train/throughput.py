@@ -32,3 +32,31 @@ def peak_flops() -> float:
         if kind.startswith(name):
             return flops
     return measured_matmul_flops()
+
+
+class Timer:
+    """Seconds and tokens of training steps alone: compilation, validation and saving are paused."""
+
+    def __init__(self) -> None:
+        self.seconds, self.tokens, self._since = 0.0, 0, None
+        self._taken_seconds, self._taken_tokens = 0.0, 0
+
+    def resume(self) -> None:
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since
+        self._since = None
+
+    def take(self) -> float:
+        """Tokens per second since the last call."""
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        self._taken_seconds += self.seconds
+        self._taken_tokens += self.tokens
+        self.seconds, self.tokens = 0.0, 0
+        return rate
+
+    def tokens_per_second(self) -> float:
+        """Of everything taken so far, 0 before the first step."""
+        return self._taken_tokens / self._taken_seconds if self._taken_seconds else 0.0

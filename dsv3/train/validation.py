@@ -1,16 +1,20 @@
 """Validation: bits per raw byte of held-out text, with MTP agreement and expert load on the same windows."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from dsv3.config import Config
 from dsv3.data.prepare import Prepared
 from dsv3.data.validation import bits_per_byte, windows
 from dsv3.model.transformer import Losses, Transformer
+from dsv3.parallel import mesh as meshes
 from dsv3.parallel.balance import max_violation, stack_loads
 
 
@@ -29,16 +33,22 @@ class Validation(NamedTuple):
 
 
 def make_validation(
-    model: Transformer, config: Config, prepared: Prepared,
+    model: Transformer, config: Config, prepared: Prepared, mesh: Mesh,
 ) -> Callable[[chex.ArrayTree, chex.ArrayTree], Validation]:
-    """A function of (params, routing) that scores the prepared validation documents."""
+    """A function of (params, routing) that scores the prepared validation documents, divided over the mesh."""
     documents = [tokens for tokens, _ in prepared.validation_documents]
     n_bytes = sum(size for _, size in prepared.validation_documents)
-    evaluate = jax.jit(lambda params, routing, batch: model.apply({"params": params, "routing": routing}, batch))
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P(meshes.DATA)), out_specs=P(), check_vma=False)
+    def evaluate(params, routing, batch):
+        return jax.lax.psum(model.apply({"params": params, "routing": routing}, batch), meshes.DATA)
 
     def validate(params: chex.ArrayTree, routing: chex.ArrayTree) -> Validation:
-        batches = windows(documents, config.train.seq_len, config.data.eval_stride, config.train.micro_batch_size)
-        losses: list[Losses] = jax.device_get([evaluate(params, routing, batch) for batch in batches])
+        rows = config.train.micro_batch_size * mesh.shape[meshes.DATA]
+        batches = windows(documents, config.train.seq_len, config.data.eval_stride, rows)
+        losses: list[Losses] = jax.device_get([
+            evaluate(params, routing, meshes.place_global(mesh, batch, P(meshes.DATA))) for batch in batches])
         total: Any = jax.tree.map(lambda *parts: np.sum(np.stack(parts), axis=0, dtype=np.float64), *losses)
         load_LE = stack_loads(total.load)
         counted_D = np.maximum(total.mtp_tokens_D, 1)

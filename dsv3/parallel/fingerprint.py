@@ -1,0 +1,88 @@
+"""64-bit fingerprints of arrays on the device: whether two copies of a state are the same, without moving them."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from dsv3.config import UserError
+
+ODD = ((0x9E3779B1, 0x85EBCA6B), (0xC2B2AE35, 0x27D4EB2F))  # well mixed odd constants, a pair for each half
+
+
+def _words(array: jax.Array) -> jax.Array:
+    """The bits of every element as uint32."""
+    if array.dtype == jnp.bool_:
+        return array.astype(jnp.uint32)
+    width = array.dtype.itemsize
+    assert width <= 4, f"{array.dtype} has more than 32 bits"
+    return jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
+
+
+def _positions(shape: tuple[int, ...]) -> jax.Array:
+    """The flat index of every element, modulo 2^32, without a reshape that would gather a sharded array."""
+    index, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return index
+
+
+def fingerprint_array(array: jax.Array) -> jax.Array:
+    """uint32 [2]: sum over elements of (bits xor a(i)) * odd(i), modulo 2^32, with two sets of constants.
+
+    Each term is a bijection of its element's bits, so one changed element always changes both halves; anything else
+    goes unnoticed once in 2^64. The sum does not depend on how the array is divided over devices.
+    """
+    words, index = _words(array), _positions(array.shape)
+    return jnp.stack([
+        jnp.sum((words ^ (index * jnp.uint32(a))) * ((index * jnp.uint32(b)) | jnp.uint32(1)), dtype=jnp.uint32)
+        for a, b in ODD])
+
+
+@jax.jit
+def _fingerprints(tree: chex.ArrayTree) -> list[jax.Array]:
+    return jax.tree.map(fingerprint_array, jax.tree.leaves(tree))
+
+
+def leaf_names(tree: chex.ArrayTree) -> list[str]:
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def fingerprints(tree: chex.ArrayTree) -> dict[str, str]:
+    """Path of every leaf -> its fingerprint, 16 hexadecimal digits."""
+    halves = jax.device_get(_fingerprints(tree))
+    return {name: f"{int(high):08x}{int(low):08x}"
+            for name, (high, low) in zip(leaf_names(tree), halves, strict=True)}
+
+
+def replica_fingerprints(mesh: Mesh, tree: chex.ArrayTree) -> np.ndarray:
+    """uint32 [device of the mesh, leaf, 2]: what every device holds of arrays that should be replicated."""
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    def gather(local):
+        return jax.lax.all_gather(jnp.stack(jax.tree.map(fingerprint_array, jax.tree.leaves(local))), mesh.axis_names)
+
+    return np.asarray(jax.device_get(gather(tree)))
+
+
+def check_replicas(mesh: Mesh, tree: chex.ArrayTree) -> None:
+    """Raise `UserError` naming devices and arrays unless all replicas of `tree` are equal, bit for bit."""
+    if mesh.size == 1 or not jax.tree.leaves(tree):
+        return
+    found = replica_fingerprints(mesh, tree).reshape(mesh.size, -1, 2)
+    rows, counts = np.unique(found.reshape(mesh.size, -1), axis=0, return_counts=True)
+    if len(rows) == 1:
+        return
+    common = rows[np.argmax(counts)].reshape(found.shape[1:])
+    different = np.any(found != common, axis=-1)
+    devices = [f"{device} (process {device.process_index})"
+               for device, bad in zip(mesh.devices.flat, different.any(axis=1), strict=True) if bad]
+    names = [name for name, bad in zip(leaf_names(tree), different.any(axis=0), strict=True) if bad]
+    raise UserError(f"replicas disagree: {', '.join(devices)} hold other values than the rest in {', '.join(names[:5])}"
+                    f"{' and more' if len(names) > 5 else ''}; restart from the last checkpoint, without that hardware")
