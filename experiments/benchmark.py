@@ -21,6 +21,7 @@ from dsv3.model.batch import Batch
 from dsv3.model.flops import train_flops_per_token
 from dsv3.model.ops import reference_ops
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import make_mesh
 from dsv3.train.step import Knobs, init_state, make_train_step
 from dsv3.train.throughput import peak_flops
 from experiments import launch
@@ -48,9 +49,10 @@ def random_batches(config: Config) -> Batch:
 def measure(config: Config, repeats: int) -> dict:
     """Seconds to compile and to run a training step, and the lines of its lowered program."""
     model = Transformer(config.model, reference_ops())
-    state = jax.jit(lambda: init_state(model, config.train))()
+    mesh = make_mesh(config.mesh)
+    state = init_state(model, config.train, mesh)
     batches, knobs = random_batches(config), Knobs(*map(np.float32, (1e-3, 1e-3, 0.3)))
-    lowered = make_train_step(model, config.train, False).lower(state, batches, knobs)
+    lowered = make_train_step(model, config.train, False, mesh).lower(state, batches, knobs)
     start = time.perf_counter()
     step = lowered.compile()
     compile_seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""JAX as the tests need it: strict, small, on the CPU, with a compilation cache that outlives the process."""
+"""JAX as the tests need it: strict, small, eight CPU devices, with a compilation cache that outlives the process."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,10 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Eight devices on two busy cores: a collective may wait long for the last of them.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 "
+                      "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 "
+                      "--xla_cpu_collective_call_terminate_timeout_seconds=300")
 
 import jax  # noqa: E402
 

@@ -2,14 +2,29 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, YarnConfig
+from dsv3.config import (
+    AttentionConfig,
+    GuardConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    OptimizerConfig,
+    TrainConfig,
+    YarnConfig,
+    constant,
+)
 from dsv3.model.batch import Batch
 from dsv3.model.ops import reference_ops
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import make_mesh
+from dsv3.train.optimizer import adamw
+from dsv3.train.step import BadSteps, TrainState
 
 YARN = YarnConfig(factor=40.0, original_seq_len=16, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
 
@@ -27,6 +42,31 @@ def model_config(attention: dict = {}, moe: dict = {}, mtp: dict = {}, **changes
             moe_inter_dim=12, score_func="sigmoid", selection_bias=True, norm_topk_prob=True, route_scale=2.5) | moe),
         mtp=MTPConfig(**dict(depth=1, eh_order="embedding_first", hidden="post_norm") | mtp))
     return ModelConfig(**(defaults | changes))
+
+
+def train_config(optimizer: dict = {}, guard: dict = {}, **changes) -> TrainConfig:
+    """Two rows of 12 tokens a step, float32 moments."""
+    defaults = dict(
+        steps=1, seq_len=12, micro_batch_size=2, batch_size=constant(2), batch_increment=2, warmup_steps=0,
+        learning_rate=constant(1e-2), bias_update_speed=constant(0.01), mtp_lambda=constant(0.3), balance_alpha=1e-2,
+        optimizer=OptimizerConfig(**dict(
+            b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, decay_norms=False, clip_norm=1.0, moment_dtype="float32")
+            | optimizer),
+        seed=0, log_every=1, eval_every=1, checkpoint_every=1, keep_checkpoints=1, ema=None,
+        guard=GuardConfig(**dict(
+            max_bad_steps=3, spike_window=10, spike_deviations=6.0, replica_check_every=1) | guard))
+    return TrainConfig(**(defaults | changes))
+
+
+def mesh_of(n_devices: int = 1):
+    return make_mesh(MeshConfig(data=n_devices))
+
+
+def train_state(variables: dict, train: TrainConfig) -> TrainState:
+    """Step 0 from given variables."""
+    params = variables["params"]
+    bad_steps = BadSteps(jnp.int32(0), jnp.int32(0))  # two buffers: the step donates each
+    return TrainState(jnp.int32(0), params, variables["routing"], adamw(train.optimizer).init(params), bad_steps)
 
 
 V2 = dict(score_func="softmax", selection_bias=False, norm_topk_prob=False, n_shared_experts=2)
@@ -55,7 +95,7 @@ def transformer(config: ModelConfig) -> Transformer:
 
 def random_variables(config: ModelConfig, seed: int = 0) -> dict:
     """Variables drawn with NumPy (nothing to compile), norm gains and selection biases away from trivial values."""
-    shapes = jax.eval_shape(transformer(config).init, jax.random.key(0), random_batch(config))
+    shapes = nn.unbox(jax.eval_shape(transformer(config).init, jax.random.key(0), random_batch(config)))
     leaves, tree = jax.tree.flatten_with_path(shapes)
     rng = np.random.default_rng(seed)
 

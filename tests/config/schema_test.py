@@ -6,14 +6,13 @@ import math
 import re
 
 import pytest
-from tiny_models import YARN, model_config
+from tiny_models import YARN, model_config, train_config
 
 from dsv3.config import (
     Config,
     DataConfig,
-    OptimizerConfig,
+    MeshConfig,
     Phase,
-    TrainConfig,
     UserError,
     constant,
     differences,
@@ -29,13 +28,11 @@ DATA = DataConfig(
 RAMP = (
     Phase(until=1000, start=2, end=8, shape="linear"),
     Phase(until=math.inf, start=8, end=8, shape="constant"))
-TRAIN = TrainConfig(
-    steps=10, seq_len=16, micro_batch_size=2, batch_size=RAMP, batch_increment=2, warmup_steps=0,
-    learning_rate=RAMP, bias_update_speed=constant(0.001), mtp_lambda=constant(0.3), balance_alpha=1e-4,
-    optimizer=OptimizerConfig(
-        b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, decay_norms=False, clip_norm=1.0, moment_dtype="bfloat16"),
-    seed=0, log_every=1, eval_every=5, checkpoint_every=5, keep_checkpoints=1)
-CONFIG = Config(model=model_config(attention=dict(yarn=YARN)), data=DATA, train=TRAIN)
+TRAIN = train_config(
+    steps=10, seq_len=16, batch_size=RAMP, learning_rate=RAMP, eval_every=5, checkpoint_every=5,
+    optimizer=dict(moment_dtype="bfloat16"), balance_alpha=1e-4)
+CONFIG = Config(model=model_config(attention=dict(yarn=YARN)), data=DATA, train=TRAIN,
+                mesh=MeshConfig(data=1), kernels="reference")
 
 
 def message(raiser, *arguments, **keywords):

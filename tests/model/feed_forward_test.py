@@ -1,5 +1,6 @@
 """DeepSeekMoE: dropless under any routing, equal to a loop over experts, the same for every row block."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,8 @@ def layer(seed=0, tokens=(2, 12)):
     rng = np.random.default_rng(seed)
     example = jnp.zeros((*tokens, 24)), jnp.ones(tokens, bool)
     shapes = jax.eval_shape(MoE(CONFIG, reference_ops(row_block=4)).init, jax.random.key(0), *example)
-    params = jax.tree.map(lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape), jnp.float32), shapes["params"])
+    params = jax.tree.map(lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape), jnp.float32),
+                          nn.unbox(shapes["params"]))
     x = jnp.asarray(rng.standard_normal((*tokens, 24)), jnp.float32)
     return params, x
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +32,7 @@ def gradient(config):
 
 
 def lowered_gradient(config, batch):
-    shapes = jax.eval_shape(transformer(config).init, jax.random.key(0), batch)
+    shapes = nn.unbox(jax.eval_shape(transformer(config).init, jax.random.key(0), batch))
     return gradient(config).lower(shapes["params"], shapes["routing"], batch)
 
 
@@ -83,7 +84,7 @@ def test_no_array_holds_all_logits():
 def test_initial_values(name):
     """Matrices have the configured standard deviation, gains are one, biases zero."""
     config = dataclasses.replace(FAMILY[name], init_std=0.006)
-    variables = jax.jit(transformer(config).init)(jax.random.key(0), random_batch(config))
+    variables = nn.unbox(jax.jit(transformer(config).init)(jax.random.key(0), random_batch(config)))
     for path, leaf in jax.tree.leaves_with_path(variables["params"]):
         assert leaf.dtype == jnp.float32
         if path[-1].key.endswith("norm"):
@@ -94,13 +95,14 @@ def test_initial_values(name):
 
 
 def test_layers_are_initialised_differently():
-    variables = jax.jit(transformer(FAMILY["v3"]).init)(jax.random.key(0), random_batch(FAMILY["v3"]))
+    variables = nn.unbox(jax.jit(transformer(FAMILY["v3"]).init)(jax.random.key(0), random_batch(FAMILY["v3"])))
     kv_a = variables["params"]["moe_layers"]["attn"]["kv_a"]
     assert distance(kv_a[0], kv_a[1]) > 0.5
 
 
 def test_the_selection_bias_is_no_parameter():
-    variables = jax.eval_shape(transformer(FAMILY["v3"]).init, jax.random.key(0), random_batch(FAMILY["v3"]))
+    variables = nn.unbox(
+        jax.eval_shape(transformer(FAMILY["v3"]).init, jax.random.key(0), random_batch(FAMILY["v3"])))
     names = [path[-1].key for path, _ in jax.tree.leaves_with_path(variables["params"])]
     assert "bias" not in names
     assert jax.tree.map(jnp.shape, variables["routing"]) == {

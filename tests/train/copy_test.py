@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import model_config
+from tiny_models import mesh_of, model_config, train_config
 
-from dsv3.config import OptimizerConfig, TrainConfig, constant
+from dsv3.config import constant
 from dsv3.model.batch import Batch
 from dsv3.model.ops import reference_ops
 from dsv3.model.transformer import Transformer
@@ -18,12 +18,9 @@ CONFIG = model_config(
     attention=dict(n_heads=4, q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
                    v_head_dim=16, rope_theta=10000.0),
     moe=dict(moe_inter_dim=64, route_scale=1.0))
-TRAIN = TrainConfig(
-    steps=1, seq_len=LENGTH, micro_batch_size=ROWS, batch_size=constant(ROWS), batch_increment=ROWS, warmup_steps=0,
-    learning_rate=constant(3e-3), bias_update_speed=constant(0.01), mtp_lambda=constant(0.3), balance_alpha=1e-4,
-    optimizer=OptimizerConfig(
-        b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, decay_norms=False, clip_norm=1.0, moment_dtype="bfloat16"),
-    seed=0, log_every=1, eval_every=1, checkpoint_every=1, keep_checkpoints=1)
+TRAIN = train_config(
+    seq_len=LENGTH, micro_batch_size=ROWS, batch_size=constant(ROWS), batch_increment=ROWS, balance_alpha=1e-4,
+    optimizer=dict(weight_decay=0.0, moment_dtype="bfloat16"))
 
 
 def repeated_strings(rng) -> tuple[Batch, np.ndarray]:
@@ -41,8 +38,8 @@ def test_the_model_learns_to_copy_repeated_random_strings():
     """Above 90% on the repeats of fresh strings (chance: 1/32), while their first appearance stays unpredictable."""
     rng = np.random.default_rng(0)
     model = Transformer(CONFIG, reference_ops(row_block=32, loss_chunk=2048))
-    state = jax.jit(lambda: init_state(model, TRAIN))()
-    step = make_train_step(model, TRAIN, segment_mask=False)
+    state = init_state(model, TRAIN, mesh_of(1))
+    step = make_train_step(model, TRAIN, False, mesh_of(1))
     knobs = Knobs(*map(jnp.float32, (3e-3, 0.01, 0.3)))
     for _ in range(500):
         batch, _ = repeated_strings(rng)

@@ -7,33 +7,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import distance, model_config, random_batch, random_variables, transformer
+from tiny_models import (
+    distance,
+    mesh_of,
+    model_config,
+    random_batch,
+    random_variables,
+    train_config,
+    train_state,
+    transformer,
+)
 
-from dsv3.config import OptimizerConfig, TrainConfig, constant
 from dsv3.model.batch import Batch
 from dsv3.parallel.balance import update_routing
-from dsv3.train.optimizer import adamw
-from dsv3.train.step import Knobs, TrainState, make_train_step
+from dsv3.train.step import Knobs, make_train_step
 
 CONFIG = model_config(n_layers=1, n_dense_layers=0)  # one MoE layer and one MTP module
-TRAIN = TrainConfig(
-    steps=1, seq_len=12, micro_batch_size=2, batch_size=constant(2), batch_increment=2, warmup_steps=0,
-    learning_rate=constant(1e-2), bias_update_speed=constant(0.01), mtp_lambda=constant(0.3), balance_alpha=1e-2,
-    optimizer=OptimizerConfig(
-        b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, decay_norms=False, clip_norm=1.0, moment_dtype="float32"),
-    seed=0, log_every=1, eval_every=1, checkpoint_every=1, keep_checkpoints=1)
+TRAIN = train_config()
 KNOBS = Knobs(*map(jnp.float32, (1e-2, 0.01, 0.3)))
 
 
 def fresh_state():
-    variables = random_variables(CONFIG)
-    params = variables["params"]
-    return TrainState(jnp.int32(0), params, variables["routing"], adamw(TRAIN.optimizer).init(params))
+    return train_state(random_variables(CONFIG), TRAIN)
+
+
+def step_of(model, train):
+    return make_train_step(model, train, False, mesh_of(1))
 
 
 @pytest.fixture(scope="module")
 def step():
-    return make_train_step(transformer(CONFIG), TRAIN, segment_mask=False)
+    return step_of(transformer(CONFIG), TRAIN)
 
 
 def uneven_batch():
@@ -115,7 +119,7 @@ def test_mtp_lambda_zero_leaves_the_mtp_module_without_gradient():
                                 balance_alpha=0.0)
     before = fresh_state()
     params = jax.tree.map(jnp.copy, before.params)
-    after, _ = make_train_step(transformer(CONFIG), train, False)(
+    after, _ = step_of(transformer(CONFIG), train)(
         before, split(uneven_batch(), 1), KNOBS._replace(mtp_lambda=jnp.float32(0)))
     chex.assert_trees_all_equal(after.params["mtp_0"], params["mtp_0"])
     assert distance(after.params["head"], params["head"]) > 1e-4
@@ -133,9 +137,8 @@ def test_the_objective_is_main_plus_lambda_over_depths_plus_alpha_balance():
         return losses.main / 26 + mtp + train.balance_alpha * losses.balance / 4
 
     expected = jax.jit(jax.grad(objective))(variables["params"])
-    state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, variables["params"]),
-                       variables["routing"], adamw(train.optimizer).init(variables["params"]))
-    after, _ = make_train_step(model, train, False)(state, split(batch, 1), KNOBS)
+    state = train_state(jax.tree.map(jnp.copy, variables), train)
+    after, _ = step_of(model, train)(state, split(batch, 1), KNOBS)
     moments = next(part.mu for part in after.opt_state if hasattr(part, "mu"))
     for actual, wanted in zip(jax.tree.leaves(moments), jax.tree.leaves(expected), strict=True):
         assert distance(actual, 0.1 * wanted) < 1e-4

@@ -1,0 +1,114 @@
+"""Non-finite losses and gradients: they change nothing, are counted, stop the run, and their origin is named."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_runs import read_lines, small_config, write_corpus
+from tiny_models import mesh_of, model_config, random_batch, random_variables, train_config, train_state, transformer
+
+from dsv3.config import UserError
+from dsv3.model.ops import Ops, reference_ops
+from dsv3.model.transformer import Transformer
+from dsv3.train.diagnosis import first_nonfinite
+from dsv3.train.loop import train
+from dsv3.train.step import Knobs, make_train_step
+
+CONFIG = model_config(n_layers=3, n_dense_layers=1)
+ONE_LAYER = model_config(n_layers=1, n_dense_layers=0, mtp=dict(depth=0))
+TRAIN = train_config()
+KNOBS = Knobs(*map(np.float32, (1e-2, 0.01, 0.3)))
+
+
+@jax.custom_vjp
+def bad_gradient(x):
+    """The identity, whose gradient is infinite."""
+    return x
+
+
+bad_gradient.defvjp(lambda x: (x, None), lambda _, g: (jnp.full_like(g, jnp.inf),))
+
+
+def broken_ops(site: str, *, backward: bool) -> Ops:
+    """Reference operations, one of which gives a NaN (or an infinite gradient) at `site`."""
+    ops = reference_ops(row_block=4, loss_chunk=8)
+    spoil = bad_gradient if backward else lambda y: y.at[(0,) * y.ndim].set(jnp.nan)
+
+    def linear(name, x, w):
+        return spoil(ops.linear(name, x, w)) if name == site else ops.linear(name, x, w)
+
+    def experts(rows, sizes, weights):
+        return spoil(ops.experts(rows, sizes, weights)) if site == "experts" else ops.experts(rows, sizes, weights)
+
+    return dataclasses.replace(ops, linear=linear, experts=experts)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["loss", "gradient"])
+def test_a_bad_step_changes_nothing_but_its_count(backward):
+    """Also when the loss is finite and only the gradient is not; and the next good step is as if it had not been."""
+    batches = jax.tree.map(lambda a: a[None], random_batch(ONE_LAYER))
+    fresh = lambda: train_state(random_variables(ONE_LAYER), TRAIN)
+    bad = make_train_step(Transformer(ONE_LAYER, broken_ops("attn.o", backward=backward)), TRAIN, False, mesh_of(1))
+    good = make_train_step(transformer(ONE_LAYER), TRAIN, False, mesh_of(1))
+    state, metrics = bad(fresh(), batches, KNOBS)
+    assert np.isfinite(metrics.loss) == backward and not np.isfinite(metrics.gradient_norm)
+    for before, after in zip(fresh()[1:4], state[1:4], strict=True):
+        chex.assert_trees_all_equal(after, before)
+    assert int(state.step) == 1 and [int(n) for n in state.bad_steps] == [1, 1]
+    state, _ = bad(state, batches, KNOBS)
+    assert [int(n) for n in state.bad_steps] == [2, 2]
+    state, metrics = good(state, batches, KNOBS)
+    assert [int(n) for n in state.bad_steps] == [0, 2] and np.isfinite(metrics.loss)
+    expected, _ = good(fresh(), batches, KNOBS)
+    for after, wanted in zip(state[1:4], expected[1:4], strict=True):
+        chex.assert_trees_all_equal(after, wanted)
+
+
+@pytest.mark.parametrize("site, backward, place", [
+    ("attn.o", False, "the output of dense_layers[0].attn"),
+    ("experts", False, "the output of moe_layers[0].moe"),
+    ("mtp.eh_proj", False, "the output of mtp_0"),
+    ("attn.o", True, "the gradient of mtp_0.block/moe"),
+    ("experts", True, "the gradient of mtp_0.block/moe/experts_down"),
+])
+def test_the_first_bad_module_is_named(site, backward, place):
+    variables = random_variables(CONFIG)
+    model = Transformer(CONFIG, broken_ops(site, backward=backward))
+    found = first_nonfinite(model, variables["params"], variables["routing"], random_batch(CONFIG), False)
+    assert found.startswith(place), found
+
+
+def test_a_bad_layer_of_a_stack_and_a_bad_parameter_are_named_and_a_good_model_is_not():
+    variables = random_variables(CONFIG)
+    model, batch = transformer(CONFIG), random_batch(CONFIG)
+    assert first_nonfinite(model, variables["params"], variables["routing"], batch, False) is None
+    router = variables["params"]["moe_layers"]["moe"]["gate"]
+    variables["params"]["moe_layers"]["moe"]["gate"] = router.at[1, 0, 0].set(jnp.inf)
+    found = first_nonfinite(model, variables["params"], variables["routing"], batch, False)
+    assert found == "the values of params/moe_layers/moe/gate"
+    gain = variables["params"]["moe_layers"]["attn"]["norm"]
+    variables["params"]["moe_layers"]["moe"]["gate"] = router
+    variables["params"]["moe_layers"]["attn"]["norm"] = gain.at[1].set(3e38)  # finite, but its product is not
+    found = first_nonfinite(model, variables["params"], variables["routing"], batch, False)
+    assert found == "the output of moe_layers[1].attn"
+
+
+@pytest.mark.slow
+def test_a_run_stops_after_a_few_in_a_row_and_keeps_its_last_good_checkpoint(tmp_path):
+    corpus = write_corpus(tmp_path / "text")
+    config = small_config(corpus, **{"train.steps": "2", "train.checkpoint_every": "2", "train.log_every": "1"})
+    train(config, tmp_path / "run", reference_ops(row_block=8, loss_chunk=64))
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=50))
+    broken = broken_ops("experts", backward=False)
+    with pytest.raises(UserError, match=r"5 steps in a row up to step 7 .* the output of moe_layers\[0\].moe"):
+        train(longer, tmp_path / "run", broken)
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"2"}
+    records = [r for r in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert [r["bad_steps"] for r in records] == [0, 0, 1, 2, 3, 4, 5]
+    assert [r["loss_spike"] for r in records] == [False] * 2 + [True] * 5
+    result = train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4)), tmp_path / "run",
+                   reference_ops(row_block=8, loss_chunk=64))
+    assert int(result.state.step) == 4
