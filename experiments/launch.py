@@ -49,16 +49,23 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """`app.run`, with `--config.FIELD=VALUE` arguments handed to `main` and a `UserError` printed on one line."""
+    """`app.run`, with `--config.FIELD=VALUE` arguments handed to `main` and a `UserError` printed on one line.
+
+    Joins the other processes of a job first (`dsv3/parallel/distributed.py`).
+    """
+    from dsv3.parallel.distributed import fail_fast, initialise  # here: the supervisor of many processes needs no JAX
+
     overrides = [argument.removeprefix(PREFIX) for argument in sys.argv[1:] if argument.startswith(PREFIX)]
     rest = [argument for argument in sys.argv if not argument.startswith(PREFIX)]
 
     def checked(remaining: Sequence[str]) -> None:
         try:
             require(len(remaining) == 1, f"unexpected argument {remaining[-1]!r}; flags are written --name=value")
+            initialise()
             main(overrides)
         except (UserError, OSError) as error:
             fail(error)
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
-    app.run(checked, argv=rest, flags_parser=parse_flags)
+    with fail_fast():
+        app.run(checked, argv=rest, flags_parser=parse_flags)
