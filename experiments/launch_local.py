@@ -2,7 +2,7 @@
 
 python -m experiments.launch_local --processes=4 -- python -m experiments.pretrain --config=... --workdir=...
 
-Rank 0 writes to the terminal, every rank to LOG_DIR/ATTEMPT/rank_N.log. SIGTERM and SIGINT go to all ranks.
+Rank 0 writes to the terminal, every rank to LOGS/ATTEMPT/rank_N.log. SIGTERM and SIGINT go to all ranks.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ GRACE_SECONDS = flags.DEFINE_float(
     "grace_seconds", 30.0, "from SIGTERM to SIGKILL, for ranks that are told to stop", lower_bound=0.0)
 DEVICES = flags.DEFINE_integer("devices_per_process", None, "CPU devices that each process has", lower_bound=1)
 GPUS = flags.DEFINE_integer("gpus_per_process", None, "GPUs that each process sees, its own", lower_bound=1)
-LOG_DIR = flags.DEFINE_string("log_dir", None, "where the ranks' output goes; default: a new temporary directory")
+LOGS = flags.DEFINE_string("logs", None, "directory where the ranks' output goes; default: a new temporary directory")
 
 POLL_SECONDS = 0.05
 LAST_LINES = 12
@@ -246,7 +246,7 @@ def main(argv: Sequence[str]) -> None:
         remaining = parse_flags(own)
         require(len(remaining) == 1, f"unexpected argument {remaining[-1]!r}; the command comes after --")
         require(command != [], "there is nothing to run; write: launch_local --processes=N -- python -m ...")
-        log_dir = Path(LOG_DIR.value or tempfile.mkdtemp(prefix="launch_local_"))
+        log_dir = Path(LOGS.value or tempfile.mkdtemp(prefix="launch_local_"))
         log_dir = log_dir / f"{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
         status = supervise(command, log_dir)
     except (UserError, OSError) as error:
