@@ -76,9 +76,10 @@ class Sight(NamedTuple):
     """A run's directory at one moment. Directories are told apart by inode: a later one may have the same name."""
 
     partial: frozenset[int]  # data that is being written
+    prepared: bool  # it is there
     saving: frozenset[int]  # checkpoints that are being written
     saved: frozenset[int]  # steps of finished checkpoints
-    started: int  # when config.json was written: data is there, compilation begins
+    started: int  # when config.json was written: compilation begins
     metrics: tuple[int, int]  # inode and size
 
 
@@ -86,6 +87,7 @@ def look(run: Path) -> Sight:
     checkpoints = _entries(run / "checkpoints")
     return Sight(
         partial=frozenset(entry.inode() for entry in _entries(run) if entry.name.endswith(".partial")),
+        prepared=(run / "data").exists(),
         saving=frozenset(entry.inode() for entry in checkpoints if "tmp" in entry.name),
         saved=frozenset(int(entry.name) for entry in checkpoints if entry.name.isdigit()),
         started=_stat(run / "config.json", lambda stat: stat.st_mtime_ns),
@@ -127,10 +129,10 @@ class Progress:
         old, self.last = self.last, look(self.run)
         if self.last.partial - self.first.partial:
             self.times.setdefault("data", self.seconds())
+        if self.last.prepared and not self.first.prepared:
+            self.times.setdefault("data end", self.seconds())
         if self.last.started != self.first.started:
             self.times.setdefault("compile", self.seconds())
-            if "data" in self.times:
-                self.times.setdefault("data end", self.times["compile"])
         if self.last.metrics[0] != self.first.metrics[0]:  # a continued run begins by writing the old lines anew
             if self._size is None:
                 self._size = self.last.metrics[1]
@@ -146,7 +148,7 @@ class Progress:
     def phase(self) -> str:
         """Where the process is (or was, when it was killed)."""
         if "compile" not in self.times:
-            return "data" if "data" in self.times else "start-up"
+            return "data" if "data" in self.times and "data end" not in self.times else "start-up"
         if "compile end" not in self.times:
             return "compile"
         if self.last.saving - self.first.saving:
@@ -259,7 +261,7 @@ class Chaos:
         return Aim(kind, 1 + int(room / self.every), rng.random() * 0.8 * span)
 
     def kill(self, run: Path, kind: str, left: int, rng: random.Random) -> Kill:
-        if kind == "data" and (run / "data").exists():
+        if kind == "data" and look(run).prepared:
             kind = "any"  # an earlier aim came too late: the data is there for good
         aim = self.aim(kind, max(look(run).saved, default=0), left, rng)
         start = time.monotonic()
@@ -337,6 +339,7 @@ def table(kills: list[Kill]) -> str:
 
 
 def main(overrides: Sequence[str]) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # through `process`, which leaves nothing running
     workdir, rng = Path(WORKDIR.value), random.Random(SEED.value)
     require(not workdir.exists(), f"--workdir={workdir} exists; give a new directory")
     own = dict(text.split("=", 1) for text in overrides if "=" in text)
@@ -351,7 +354,7 @@ def main(overrides: Sequence[str]) -> None:
     kills, kinds = [], plan(KILLS.value, rng)
     for number, kind in enumerate(kinds):
         kills.append(chaos.kill(killed, kind, len(kinds) - number - 1, rng))
-        print(f"kill {number + 1}: aimed at {kind}, hit {kills[-1].hit} after {kills[-1].seconds:.1f} s, "
+        print(f"kill {number + 1}: aimed at {kills[-1].aim}, hit {kills[-1].hit} after {kills[-1].seconds:.1f} s, "
               f"step {kills[-1].step}, checkpoint {kills[-1].checkpoint}", flush=True)
     chaos.process(killed, None)
     found, compared = compare(straight, killed)

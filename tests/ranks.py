@@ -1,4 +1,4 @@
-"""A job for tests of many processes: counts steps in a file, as a checkpoint would, checks a psum at each, and can fail.
+"""A job for tests of many processes: counts steps in a file, as a checkpoint would, checks a psum at each, may fail.
 
 python tests/ranks.py DIRECTORY STEPS [raise]. Each rank leaves pid_N and, when told to stop, saved_N.
 """
