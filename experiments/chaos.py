@@ -157,7 +157,10 @@ class Progress:
 
 
 class Aim(NamedTuple):
-    """When to kill: `delay` seconds after the `count`-th event of `kind`, for "any" after the start."""
+    """When to kill: `delay` seconds after the `count`-th event of `kind`.
+
+    For "any", after the start, but not after `count` saved checkpoints: later kills need steps too.
+    """
 
     kind: str
     count: int
@@ -166,7 +169,7 @@ class Aim(NamedTuple):
     def hit(self, progress: Progress) -> bool:
         times, now = progress.times, progress.seconds()
         if self.kind == "any":
-            return now >= self.delay
+            return now >= self.delay or progress.saved >= self.count
         if self.kind == "save":
             return progress.saves > self.count or (
                 progress.saves == self.count and now >= times["save"] + self.delay)
@@ -255,7 +258,8 @@ class Chaos:
         """A moment for `kind` that leaves enough steps for the `left` kills after this one."""
         room = rng.random() * (self.steps - done) / (left + 1)
         if kind == "any":
-            return Aim(kind, 0, rng.random() * (self.spans["start"] + room * self.spans["step"]))
+            span = self.spans["start"] + room * self.spans["step"]
+            return Aim(kind, 2 + int(2 * room / self.every), rng.random() * span)
         # not quite to the end: this start may be faster than the one that taught us the span
         span = JUST_AFTER_SECONDS if kind == "saved" else self.spans[kind]
         return Aim(kind, 1 + int(room / self.every), rng.random() * 0.8 * span)

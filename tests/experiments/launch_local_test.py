@@ -100,7 +100,11 @@ def test_a_supervisor_killed_outright_leaves_no_orphans(tmp_path):
         ranks = pids(tmp_path, 3)
         assert all(map(alive, ranks))
         os.kill(supervisor.pid, signal.SIGKILL)
-        wait_until(lambda: not any(map(alive, ranks)), 2, "orphans end")
+        try:
+            wait_until(lambda: not any(map(alive, ranks)), 2, "orphans end")
+        finally:
+            for rank in filter(alive, ranks):
+                os.kill(rank, signal.SIGKILL)
 
 
 @pytest.mark.timeout(60)
