@@ -190,7 +190,8 @@ class Kill(NamedTuple):
 
     @property
     def lost(self) -> int:
-        return max(self.step - self.checkpoint, 0)
+        """Steps to do again; none by a start that was killed before its first step (metrics then hold older ones)."""
+        return 0 if self.hit in ("data", "start-up", "compile") else max(self.step - self.checkpoint, 0)
 
 
 def plan(kills: int, rng: random.Random) -> list[str]:
