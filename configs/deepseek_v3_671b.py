@@ -6,8 +6,8 @@ Size: 671,026,419,200 parameters and biases, of which a token activates 36,625,6
 the MTP module adds 11,610,068,224.
 For: planning, shape checks and a recipe to derive from; the report's run took 2048 H800 GPUs and 2.664M GPU hours.
 Command: python -m experiments.pretrain --config=configs/deepseek_v3_671b.py --workdir=runs/v3, on a cluster.
-The corpus was not published: give yours with --config.data.sources.0.files=CORPUS. The tokenizer is the released one, for
-which the 129,280 rows of the embedding are meant. The share of split tokens is ours (docs/data.md).
+The corpus was not published: give yours with --config.data.sources.0.files=CORPUS. The tokenizer is the released one,
+for which the 129,280 rows of the embedding are meant. The share of split tokens is ours (docs/data.md).
 Long context (YaRN, section 4.3) comes after this run.
 """
 

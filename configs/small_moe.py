@@ -1,10 +1,10 @@
-r"""A DeepSeek-V3 of 1.0B parameters, 0.2B of them activated, for one H100 in bfloat16.
+"""A DeepSeek-V3 of 1.0B parameters, 0.2B of them activated, for one H100 in bfloat16.
 
 Source: ours; the report's recipe (section 4.2), its 14.8T tokens mapped to 3.75B and its rates scaled to this width.
 Size: 1,006,441,984 parameters and biases, of which a token activates 196,941,312 (head included, embedding not); the
 MTP module adds 82,024,256. Training state: float32 masters and gradients with bfloat16 moments, 13 GB.
-Command: python -m experiments.pretrain --config=configs/small_moe.py --workdir=runs/small_moe \
-    --config.data.sources.0.files=CORPUS
+Command:
+python -m experiments.pretrain --config=configs/small_moe.py --workdir=runs/small --config.data.sources.0.files=CORPUS
 CORPUS is files, directories or globs, with commas between them (docs/data.md): the standard library, which `files=None`
 reads, is far too small for 3.75B tokens.
 Expected time and result: not measured. A token costs 1.6 GFLOP, so the run takes 5.6 hours at 30% of an H100's peak.
