@@ -22,4 +22,6 @@ def prefetch[A, B](function: Callable[[A], B], items: Iterable[A], *, threads: i
         while pending:
             yield pending.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        for future in pending:
+            future.cancel()
+        pool.shutdown(wait=False)  # when the interpreter exits the threads have ended, and waiting would fail

@@ -11,10 +11,9 @@ from dsv3.train.step import TrainState
 
 
 class Progress(NamedTuple):
-    """Where the run stands: consumed tokens (an exact Python integer) and the state of the data iterator."""
+    """Where the run stands: consumed tokens (an exact Python integer), which also say how many rows were read."""
 
     tokens: int
-    loader: dict[str, Any]
 
 
 class Checkpoint(NamedTuple):

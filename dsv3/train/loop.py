@@ -2,10 +2,10 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 from tqdm import tqdm
@@ -64,7 +64,7 @@ def check_vocabulary(config: Config, prepared: Prepared) -> None:
             f"{config.model.vocab_size}; raise model.vocab_size or lower data.bpe_vocab_size")
 
 
-def next_batches(loader: grain.DatasetIterator, n_micro: int) -> Batch:
+def next_batches(loader: Iterator[Batch], n_micro: int) -> Batch:
     """`n_micro` micro-batches stacked on a new axis 0."""
     return jax.tree.map(lambda *parts: np.stack(parts), *(next(loader) for _ in range(n_micro)))
 
@@ -115,13 +115,14 @@ def train(config: Config, workdir: Path, ops: Ops) -> Result:
     prepared = prepare(config.data, config.train.seq_len, workdir / "data")
     check_vocabulary(config, prepared)
     model = Transformer(config.model, ops)
-    loader = train_loader(prepared, config.train.micro_batch_size, config.data.seed, config.data.segment_ids)
     validate = make_validation(model, config, prepared)
     with Checkpoints(workdir, keep=config.train.keep_checkpoints) as checkpoints:
         if checkpoints.latest_step() is not None:
             check_same_run(workdir, config, prepared.manifest["files"], checkpoints.describe())
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        state, tokens = _start(config, model, loader, checkpoints)
+        state, tokens = _start(config, model, checkpoints)
+        loader = train_loader(prepared, config.data, config.train.micro_batch_size,
+                              consumed=tokens // config.train.seq_len)
         with MetricsWriter(workdir, int(state.step)) as writer:
             run = _Run(config, model, prepared, loader, checkpoints, writer, validate)
             state = run.steps(state, tokens)
@@ -132,13 +133,12 @@ def train(config: Config, workdir: Path, ops: Ops) -> Result:
     return Result(state, validation, prepared, run.timer.tokens_per_second())
 
 
-def _start(config, model, loader, checkpoints) -> tuple[TrainState, int]:
-    """The state and consumed tokens to start from; moves `loader` to its place."""
+def _start(config, model, checkpoints) -> tuple[TrainState, int]:
+    """The state and consumed tokens to start from."""
     initialise = lambda: init_state(model, config.train)
     if checkpoints.latest_step() is None:
         return jax.jit(initialise)(), 0
     state, progress = checkpoints.restore(placed(jax.eval_shape(initialise)))
-    loader.set_state(progress.loader)
     return state, progress.tokens
 
 
@@ -232,7 +232,7 @@ class _Run:
         """Metrics of all steps so far are on disk before the checkpoint that a continued run starts from."""
         self.log()
         self.timer.pause()
-        checkpoint = Checkpoint(state, Progress(tokens, self.loader.get_state()))
+        checkpoint = Checkpoint(state, Progress(tokens))
         tokenizer, data = self.prepared.tokenizer.to_json(), self.prepared.manifest["files"]
         self.checkpoints.save(checkpoint, Description(self.config, tokenizer, data))
         self.timer.resume()
