@@ -136,7 +136,8 @@ def from_dict[T](annotation: type[T], data: Any) -> T:
     if dataclasses.is_dataclass(annotation):
         hints = typing.get_type_hints(annotation)
         if not isinstance(data, Mapping) or set(data) != set(hints):
-            raise UserError(f"{annotation.__name__} has fields {sorted(hints)}, but was given {data!r:.200}")
+            given = sorted(data) if isinstance(data, Mapping) else repr(data)[:200]
+            raise UserError(f"{annotation.__name__} has fields {sorted(hints)}, but was given {given}")
         return annotation(**{name: from_dict(hint, data[name]) for name, hint in hints.items()})
     if isinstance(data, (list, tuple)) and _item(annotation) is not None:
         return tuple(from_dict(_item(annotation), item) for item in data)
