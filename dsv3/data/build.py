@@ -58,7 +58,8 @@ def make_tokenizer(config: DataConfig) -> tuple[Tokenizer, list[int | None]]:
     little more.
     """
     if config.tokenizer != "bpe":
-        return (byte_tokenizer if config.tokenizer == "bytes" else deepseek_v3_tokenizer)(), [None] * len(config.sources)
+        make = byte_tokenizer if config.tokenizer == "bytes" else deepseek_v3_tokenizer
+        return make(), [None] * len(config.sources)
     sample, sizes = HashSample(BPE_SAMPLE_BYTES), []
     for number, source in enumerate(config.sources):
         sizes.append(0)
@@ -90,9 +91,10 @@ class SourceBuild:
             self.count.update(shards=1, rows=len(tokens_RL), tokens=sum(map(len, group)))
         all_documents = self.count["documents"] + self.count["held_out_documents"]
         require(all_documents > 0, f"data.sources.{self._number} holds no text; all of its documents are empty")
-        require(self.count["documents"] > 0, f"data.validation_fraction {self._tools.config.validation_fraction} leaves "
-                f"no training document of {all_documents} in data.sources.{self._number}; change the fraction, or "
-                "divide the text into more documents")
+        fraction = self._tools.config.validation_fraction
+        require(self.count["documents"] > 0, f"data.validation_fraction {fraction} leaves no training document of "
+                f"{all_documents} in data.sources.{self._number}; change the fraction, or divide the text into more "
+                "documents")
 
     def _training(self) -> Iterator[tuple[Read, tuple[str, ...]]]:
         """Training documents, whole or cut for FIM."""

@@ -19,7 +19,7 @@ from dsv3.config import UserError, require
 # generated tables, deliberate syntax errors, files in odd encodings).
 EXCLUDED_FROM_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "__pycache__"})
 KNOWN_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz", ".parquet")
-"""What is read of a directory. A file that is named, or that a glob matches, is text unless it ends in the last three."""
+"""What is read of a directory. A file that is named or that a glob matches is text unless it ends in the last three."""
 RECORDS_A_STEP = 256  # of a Parquet table: long documents make large batches
 
 

@@ -103,8 +103,8 @@ def _load(config: DataConfig, seq_len: int, directory: Path) -> Prepared:
     require(not changed, f"{str(directory)!r} was prepared with other settings ({'; '.join(changed)}); use those, or "
             "give another directory")
     for name, digest in file_digests(directory, list(files)).items():
-        require(digest == files[name], f"{str(directory / name)!r} is damaged: its sha256 is not the manifest's; delete "
-                "the directory to prepare it again")
+        require(digest == files[name], f"{str(directory / name)!r} is damaged: its sha256 is not the manifest's; "
+                "delete the directory to prepare it again")
     tokenizer = Tokenizer.from_json((directory / "tokenizer.json").read_text("utf-8"))
     validation = json.loads((directory / "validation.json").read_text("utf-8"))
     return Prepared(

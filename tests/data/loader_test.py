@@ -89,7 +89,8 @@ def test_processes_together_read_the_one_stream(processes, rows_each, consumed, 
     parts = [take(train_loader(prepared(*SIZES), config(*WEIGHTS), rows, consumed=consumed, process_index=process,
                                process_count=processes), batches).reshape(batches, rows_each)
              for process in range(processes)]
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1).reshape(-1), stream()[consumed:consumed + batches * rows])
+    together = np.concatenate(parts, axis=1).reshape(-1)
+    np.testing.assert_array_equal(together, stream()[consumed:consumed + batches * rows])
 
 
 @hypothesis.settings(deadline=None, max_examples=40)
@@ -131,7 +132,8 @@ def test_seed_and_source_decide_the_order():
 
 
 @hypothesis.settings(deadline=None, max_examples=100)
-@hypothesis.given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=6), st.integers(0, 10**12), st.integers(1, 3000))
+@hypothesis.given(
+    st.lists(st.floats(0.001, 1000), min_size=1, max_size=6), st.integers(0, 10**12), st.integers(1, 3000))
 def test_every_window_is_close_to_proportional(weights, start, length):
     sources, _ = Mixture(weights)(start + np.arange(length))
     shares = np.array(weights) / sum(weights)

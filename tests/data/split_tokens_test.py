@@ -28,8 +28,9 @@ def splits(tokenizer):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("):\n        ", ("):", "\n        ")), (" {\r\n", (" {", "\r\n")), (") \n\n", (") ", "\n\n")), ("。\n", ("。", "\n")),
-    ("$\r", ("$", "\r")), ("\n\n    ", None), (" \n", None), ("):", None), ("a\n", None), (";1\n", None), ("", None)])
+    ("):\n        ", ("):", "\n        ")), (" {\r\n", (" {", "\r\n")), (") \n\n", (") ", "\n\n")),
+    ("。\n", ("。", "\n")), ("$\r", ("$", "\r")),
+    ("\n\n    ", None), (" \n", None), ("):", None), ("a\n", None), (";1\n", None), ("", None)])
 def test_what_joins_punctuation_and_a_line_break(text, expected):
     assert joins(text.encode()) == expected
 
