@@ -81,7 +81,7 @@ class SourceBuild:
     def write(self, row_length: int, directory: Path) -> None:
         """Tokenize, pack and save the training documents, a shard for each `GROUP_TOKENS`."""
         directory.mkdir()
-        encoded = prefetch(self._encode, _batches(self._training()), threads=2, ahead=2)
+        encoded = prefetch(self._encode, _batches(self._training()), threads=3, ahead=3)
         for number, group in enumerate(_groups(itertools.chain.from_iterable(encoded))):
             tokens_RL, segment_ids_RL = pack(group, row_length)
             token_type = _smallest_dtype(self._tools.tokenizer.vocab_size)
