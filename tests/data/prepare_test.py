@@ -5,12 +5,15 @@ import dataclasses
 import json
 import shutil
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from dsv3.config import DataConfig, SourceConfig, UserError
 from dsv3.data import build as build_module
+from dsv3.data import digests as digests_module
 from dsv3.data import prepare as prepare_module
 from dsv3.data.corpus import held_out, read_documents, text_digest
 from dsv3.data.fim import assemble, document_parts
@@ -236,6 +239,35 @@ def test_a_build_that_dies_leaves_nothing_and_the_next_one_succeeds(config, tmp_
         prepare(config, SEQ_LEN, tmp_path / "prepared")
     assert list(tmp_path.iterdir()) == []
     assert prepare(config, SEQ_LEN, tmp_path / "prepared").manifest["train"]["rows"] > 0
+
+
+def test_two_builds_at_once_agree_on_one(config, tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: prepare(config, SEQ_LEN, tmp_path / "prepared"), range(2))
+    assert one.manifest == other.manifest
+    assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
+
+
+def test_bars_wait_ten_seconds_and_count_every_byte(config, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            bars.append((options["desc"], options["delay"], self))
+
+    for module in (build_module, digests_module):
+        monkeypatch.setattr(module, "tqdm", Bar)
+    prepared = prepare(config, SEQ_LEN, tmp_path / "prepared")
+    assert [desc for desc, *_ in bars] == [
+        "reading source 0", "reading source 1", "training the tokenizer", "tokenizing source 0", "tokenizing source 1",
+        "hashing", "hashing"]
+    assert {delay for _, delay, _ in bars} == {10}
+    done = [bar.n for *_, bar in bars]
+    sizes = [sum(facts[side]["bytes"] for side in ("train", "held_out")) for facts in prepared.manifest["sources"]]
+    assert done[:2] == done[3:5] == [bar.total for *_, bar in bars[3:5]] == sizes
+    on_disk = sum((tmp_path / "prepared" / name).stat().st_size for name in prepared.manifest["files"])
+    assert done[5:] == [on_disk, on_disk] == [bar.total for *_, bar in bars[5:]]
 
 
 def test_a_killed_build_is_in_the_way_of_nobody(config, tmp_path):
