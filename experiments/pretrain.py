@@ -33,7 +33,7 @@ def results(result: Result, seconds: float) -> dict:
         "step": int(result.state.step),
         "validation_bits_per_byte": validation.bits_per_byte,
         "bigram_bits_per_byte": bigram_bits(
-            prepared.tokens_RL, prepared.segment_ids_RL, prepared.validation_documents, prepared.tokenizer.vocab_size),
+            prepared.shards(), prepared.validation_documents, prepared.tokenizer.vocab_size),
         "xz_bits_per_byte": xz_bits(prepared.validation_text),
         "max_vio": validation.max_vio,
         "mtp_agreement": validation.mtp_agreement,

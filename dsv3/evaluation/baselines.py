@@ -1,7 +1,7 @@
 """What a trained model has to beat on the validation text: a smoothed bigram, and xz."""
 
 import lzma
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,22 +25,34 @@ class Bigram(NamedTuple):
     discount: float
 
 
-def fit_bigram(tokens_RL: np.ndarray, segment_ids_RL: np.ndarray, vocab_size: int) -> Bigram:
-    """Count the pairs of neighbours within each packed row, padding excluded.
+def count_pairs(shards: Iterable[tuple[np.ndarray, np.ndarray]], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(sorted keys `first * V + second`, how often each occurs) of neighbours in the rows of all shards."""
+    pairs, counts = np.zeros((2, 0), np.int64)
+    for tokens_RL, segment_ids_RL in shards:
+        real = segment_ids_RL[:, 1:] != 0
+        first, second = tokens_RL[:, :-1][real].astype(np.int64), tokens_RL[:, 1:][real]
+        found, found_counts = np.unique(first * vocab_size + second, return_counts=True)
+        pairs, places = np.unique(np.concatenate([pairs, found]), return_inverse=True)
+        counts = np.bincount(places, np.concatenate([counts, found_counts])).astype(np.int64)
+    return pairs, counts
+
+
+def fit_bigram(shards: Iterable[tuple[np.ndarray, np.ndarray]], vocab_size: int) -> Bigram:
+    """Count the pairs of neighbours within each packed row of `(tokens_RL, segment_ids_RL)`, padding excluded.
 
     Pairs across two documents of a row and FIM documents are included: the model trains on them too. The discount is
     n1 / (n1 + 2 n2), with n1 and n2 the numbers of pairs seen once and twice (0.5 when none was seen once).
     """
-    real = segment_ids_RL[:, 1:] != 0
-    first, second = tokens_RL[:, :-1][real].astype(np.int64), tokens_RL[:, 1:][real].astype(np.int64)
-    pairs, counts = np.unique(first * vocab_size + second, return_counts=True)
+    pairs, counts = count_pairs(shards, vocab_size)
+    first, second = np.divmod(pairs, vocab_size)
+    seen_V, next_V = (np.bincount(tokens, counts, vocab_size).astype(np.int64) for tokens in (first, second))
     once, twice = np.sum(counts == 1), np.sum(counts == 2)
     return Bigram(
         pairs=pairs,
         counts=counts,
-        seen_V=np.bincount(first, minlength=vocab_size),
-        types_V=np.bincount(pairs // vocab_size, minlength=vocab_size),
-        unigram_V=(np.bincount(second, minlength=vocab_size) + 1) / (len(second) + vocab_size),
+        seen_V=seen_V,
+        types_V=np.bincount(first, minlength=vocab_size),
+        unigram_V=(next_V + 1) / (np.sum(next_V) + vocab_size),
         discount=float(once / (once + 2 * twice)) if once else 0.5,
     )
 
@@ -58,13 +70,13 @@ def bigram_probability(bigram: Bigram, first: np.ndarray, second: np.ndarray) ->
     return np.maximum(counts - bigram.discount, 0) / seen + backoff * bigram.unigram_V[second]
 
 
-def bigram_bits(train_tokens_RL: np.ndarray, segment_ids_RL: np.ndarray,
+def bigram_bits(shards: Iterable[tuple[np.ndarray, np.ndarray]],
                 validation_documents: Sequence[tuple[np.ndarray, int]], vocab_size: int) -> float:
     """Bits per raw byte of a `Bigram` of the training rows on `(tokens, bytes)` documents.
 
     It scores the tokens that the model is scored on: all of a document but the leading bos.
     """
-    bigram = fit_bigram(train_tokens_RL, segment_ids_RL, vocab_size)
+    bigram = fit_bigram(shards, vocab_size)
     nats = -sum(float(np.sum(np.log(bigram_probability(bigram, tokens[:-1], tokens[1:]))))
                 for tokens, _ in validation_documents)
     return bits_per_byte(nats, sum(n_bytes for _, n_bytes in validation_documents))

