@@ -20,6 +20,7 @@ from dsv3.config import (
     MTPConfig,
     OptimizerConfig,
     Phase,
+    SourceConfig,
     TrainConfig,
     YarnConfig,
     constant,
@@ -46,8 +47,9 @@ def get_config() -> Config:
                 route_scale=1.0),
             mtp=MTPConfig(depth=0, eh_order="embedding_first", hidden="post_norm")),
         data=DataConfig(
-            path=None, pattern="**/*.txt", validation_fraction=0.001, tokenizer="bpe", bpe_vocab_size=100_000,
-            fim_rate=0.0, segment_ids=False, eval_bytes=10_000_000, eval_stride=2048, seed=0),
+            sources=(SourceConfig(files=None, text_field="text", weight=1.0),), validation_fraction=0.001,
+            tokenizer="bpe", bpe_vocab_size=100_000, split_rate=0.1, fim_rate=0.0, segment_ids=False,
+            eval_bytes=10_000_000, eval_stride=2048, seed=0),
         train=TrainConfig(
             steps=301_997,  # reaches 5.7T tokens: 18,874,368 each
             seq_len=4096, micro_batch_size=128, batch_size=constant(4608), batch_increment=4608,

@@ -6,8 +6,8 @@ Size: 671,026,419,200 parameters and biases, of which a token activates 36,625,6
 the MTP module adds 11,610,068,224.
 For: planning, shape checks and a recipe to derive from; the report's run took 2048 H800 GPUs and 2.664M GPU hours.
 Command: python -m experiments.pretrain --config=configs/deepseek_v3_671b.py --workdir=runs/v3, on a cluster.
-The corpus was not published. `data` trains a BPE of the report's 128K tokens on whatever text it is given; the released
-tokenizer, for which the 129,280 rows of the embedding are meant, is not one of its choices yet.
+The corpus was not published: give yours with --config.data.sources.0.files=CORPUS. The tokenizer is the released one, for
+which the 129,280 rows of the embedding are meant. The share of split tokens is ours (docs/data.md).
 Long context (YaRN, section 4.3) comes after this run.
 """
 
@@ -22,6 +22,7 @@ from dsv3.config import (
     MTPConfig,
     OptimizerConfig,
     Phase,
+    SourceConfig,
     TrainConfig,
 )
 
@@ -42,8 +43,9 @@ def get_config() -> Config:
                 norm_topk_prob=True, route_scale=2.5),
             mtp=MTPConfig(depth=1, eh_order="embedding_first", hidden="post_norm")),
         data=DataConfig(
-            path=None, pattern="**/*.txt", validation_fraction=0.001, tokenizer="bpe", bpe_vocab_size=128_000,
-            fim_rate=0.1, segment_ids=False, eval_bytes=10_000_000, eval_stride=2048, seed=0),
+            sources=(SourceConfig(files=None, text_field="text", weight=1.0),), validation_fraction=0.001,
+            tokenizer="deepseek_v3", bpe_vocab_size=128_000, split_rate=0.1, fim_rate=0.1, segment_ids=False,
+            eval_bytes=10_000_000, eval_stride=2048, seed=0),
         train=TrainConfig(
             steps=243_761,  # reaches 14.8T tokens: 15,976 steps of the ramp, then 62,914,560 tokens each
             seq_len=4096, micro_batch_size=128, batch_increment=768,

@@ -15,6 +15,7 @@ from dsv3.config import (
     MoEConfig,
     MTPConfig,
     OptimizerConfig,
+    SourceConfig,
     TrainConfig,
     constant,
 )
@@ -34,8 +35,9 @@ def get_config() -> Config:
                 route_scale=2.446),
             mtp=MTPConfig(depth=0, eh_order="embedding_first", hidden="post_norm")),
         data=DataConfig(
-            path=None, pattern="**/*.txt", validation_fraction=0.001, tokenizer="bpe", bpe_vocab_size=163_840,
-            fim_rate=0.1, segment_ids=False, eval_bytes=10_000_000, eval_stride=2048, seed=0),
+            sources=(SourceConfig(files=None, text_field="text", weight=1.0),), validation_fraction=0.001,
+            tokenizer="bpe", bpe_vocab_size=163_840, split_rate=0.1, fim_rate=0.1, segment_ids=False,
+            eval_bytes=10_000_000, eval_stride=2048, seed=0),
         train=TrainConfig(
             steps=10_000, seq_len=8192, micro_batch_size=128, batch_size=constant(7680), batch_increment=7680,
             warmup_steps=2000, learning_rate=constant(2.2e-4), bias_update_speed=constant(0.001),

@@ -1,10 +1,12 @@
-"""A DeepSeek-V3 of 1.0B parameters, 0.2B of them activated, for one H100 in bfloat16.
+r"""A DeepSeek-V3 of 1.0B parameters, 0.2B of them activated, for one H100 in bfloat16.
 
 Source: ours; the report's recipe (section 4.2), its 14.8T tokens mapped to 3.75B and its rates scaled to this width.
 Size: 1,006,441,984 parameters and biases, of which a token activates 196,941,312 (head included, embedding not); the
 MTP module adds 82,024,256. Training state: float32 masters and gradients with bfloat16 moments, 13 GB.
-Command: python -m experiments.pretrain --config=configs/small_moe.py --workdir=runs/small_moe --config.data.path=CORPUS
-CORPUS is a directory of text: the standard library, which `path=None` reads, is far too small for 3.75B tokens.
+Command: python -m experiments.pretrain --config=configs/small_moe.py --workdir=runs/small_moe \
+    --config.data.sources.0.files=CORPUS
+CORPUS is files, directories or globs, with commas between them (docs/data.md): the standard library, which `files=None`
+reads, is far too small for 3.75B tokens.
 Expected time and result: not measured. A token costs 1.6 GFLOP, so the run takes 5.6 hours at 30% of an H100's peak.
 """
 
@@ -19,6 +21,7 @@ from dsv3.config import (
     MTPConfig,
     OptimizerConfig,
     Phase,
+    SourceConfig,
     TrainConfig,
 )
 
@@ -44,8 +47,9 @@ def get_config() -> Config:
                 moe_inter_dim=384, score_func="sigmoid", selection_bias=True, norm_topk_prob=True, route_scale=2.5),
             mtp=MTPConfig(depth=1, eh_order="embedding_first", hidden="post_norm")),
         data=DataConfig(
-            path=None, pattern="**/*.txt", validation_fraction=0.01, tokenizer="bpe", bpe_vocab_size=16384,
-            fim_rate=0.1, segment_ids=False, eval_bytes=2_000_000, eval_stride=1024, seed=0),
+            sources=(SourceConfig(files=None, text_field="text", weight=1.0),), validation_fraction=0.01,
+            tokenizer="bpe", bpe_vocab_size=16384, split_rate=0.1, fim_rate=0.1, segment_ids=False,
+            eval_bytes=2_000_000, eval_stride=1024, seed=0),
         train=TrainConfig(
             steps=STEPS, seq_len=LENGTH, micro_batch_size=16, batch_increment=16,
             batch_size=(

@@ -19,6 +19,7 @@ from dsv3.config import (
     MTPConfig,
     OptimizerConfig,
     Phase,
+    SourceConfig,
     TrainConfig,
     constant,
 )
@@ -40,8 +41,9 @@ def get_config() -> Config:
                 moe_inter_dim=128, score_func="sigmoid", selection_bias=True, norm_topk_prob=True, route_scale=1.0),
             mtp=MTPConfig(depth=1, eh_order="embedding_first", hidden="post_norm")),
         data=DataConfig(
-            path=None, pattern="**/*.py", validation_fraction=0.05, tokenizer="bpe", bpe_vocab_size=2048,
-            fim_rate=0.1, segment_ids=False, eval_bytes=200_000, eval_stride=128, seed=0),
+            sources=(SourceConfig(files=None, text_field="text", weight=1.0),), validation_fraction=0.05,
+            tokenizer="bpe", bpe_vocab_size=2048, split_rate=0.0, fim_rate=0.1, segment_ids=False,
+            eval_bytes=200_000, eval_stride=128, seed=0),
         train=TrainConfig(
             steps=STEPS, seq_len=LENGTH, micro_batch_size=BATCH, batch_size=constant(BATCH), batch_increment=BATCH,
             warmup_steps=40,

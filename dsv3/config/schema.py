@@ -61,15 +61,21 @@ class Node:
 
 
 def _parse(text: str, annotation: Any, path: str) -> Any:
-    """Read `text` as a Python literal, or as a bare string where the annotation takes one."""
+    """Read `text` as a Python literal, or as a bare string, or several between commas, where the annotation does."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False, "none": None, "inf": math.inf, "nan": math.nan}.get(text.lower(), text)
-    for candidate in (value, text):
+    for candidate in (value, text, tuple(part.strip() for part in text.split(","))):
         if _matches(candidate, annotation):
             return candidate
     raise UserError(f"config.{path}={text!r} has the wrong type; expected {_describe(annotation)}")
+
+
+def _item(annotation: Any) -> Any:
+    """What a tuple annotated `tuple[item, ...]`, or an option of it, holds; None where no tuple may be."""
+    options = (annotation, *typing.get_args(annotation))
+    return next((typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple), None)
 
 
 def _nearest(name: str, options: list[str]) -> str:
@@ -86,8 +92,7 @@ def _replace(node: Any, annotation: Any, overrides: Mapping[tuple[str, ...], str
         hints = typing.get_type_hints(type(node))
         children = {field.name: (getattr(node, field.name), hints[field.name]) for field in dataclasses.fields(node)}
     elif isinstance(node, tuple):
-        item = typing.get_args(annotation)[0]
-        children = {str(i): (value, item) for i, value in enumerate(node)}
+        children = {str(i): (value, _item(annotation)) for i, value in enumerate(node)}
     else:
         raise UserError(f"config.{path} is {node!r} and has no fields to set")
     groups: dict[str, dict[tuple[str, ...], str]] = {}
@@ -133,13 +138,19 @@ def from_dict[T](annotation: type[T], data: Any) -> T:
         if not isinstance(data, Mapping) or set(data) != set(hints):
             raise UserError(f"{annotation.__name__} has fields {sorted(hints)}, but was given {data!r:.200}")
         return annotation(**{name: from_dict(hint, data[name]) for name, hint in hints.items()})
-    arguments = typing.get_args(annotation)
-    if isinstance(data, (list, tuple)) and typing.get_origin(annotation) is tuple:
-        return tuple(from_dict(arguments[0], item) for item in data)
-    options = [option for option in arguments if dataclasses.is_dataclass(option)]
+    if isinstance(data, (list, tuple)) and _item(annotation) is not None:
+        return tuple(from_dict(_item(annotation), item) for item in data)
+    options = [option for option in typing.get_args(annotation) if dataclasses.is_dataclass(option)]
     if isinstance(data, Mapping) and options:
         return from_dict(options[0], data)
     return data
+
+
+def _children(value: Any) -> Mapping[str, Any] | None:
+    """The fields of a dictionary, the items of a sequence by index, or None."""
+    if isinstance(value, (list, tuple)):
+        return {str(i): item for i, item in enumerate(value)}
+    return value if isinstance(value, Mapping) else None
 
 
 def differences(left: Mapping[str, Any], right: Mapping[str, Any], path: str = "") -> list[str]:
@@ -148,8 +159,9 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any], path: str = "
     for name in sorted(set(left) | set(right)):
         a, b = left.get(name), right.get(name)
         where = f"{path}.{name}".strip(".")
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, where)
+        inside = _children(a), _children(b)
+        if None not in inside:
+            found += differences(*inside, where)
         elif a != b:
             found.append(f"{where}: {a!r} != {b!r}")
     return found

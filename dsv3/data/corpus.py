@@ -1,23 +1,30 @@
-"""Reads text files into documents and divides them into training and validation."""
+"""Files of text and of records into documents, one after the other."""
 
+import glob
+import gzip
 import hashlib
 import io
+import json
 import logging
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv3.config import DataConfig, UserError, require
+from dsv3.config import UserError, require
 
 # Directories of the standard library that are not it (installed packages) or not prose to learn from (tests: huge
 # generated tables, deliberate syntax errors, files in odd encodings).
 EXCLUDED_FROM_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "__pycache__"})
+KNOWN_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz", ".parquet")
+"""What is read of a directory. A file that is named, or that a glob matches, is text unless it ends in the last three."""
+RECORDS_A_STEP = 256  # of a Parquet table: long documents make large batches
 
 
 class Document(NamedTuple):
-    """One text file: its path below the corpus root with forward slashes, and its text with line ends as they were."""
+    """A text and where it stands: `path`, or `path:record` with records counted from 1. Line ends are as they were."""
 
     name: str
     text: str
@@ -25,79 +32,131 @@ class Document(NamedTuple):
 
 def text_digest(text: str) -> bytes:
     """sha256 of the UTF-8 text: the document's identity, on which its side of the split and its FIM cuts depend."""
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()  # file names may hold stray bytes
+    return hashlib.sha256(text.encode()).digest()
 
 
-def _matching(root: Path, pattern: str) -> Iterator[tuple[str, Path]]:
-    try:
-        paths = set(root.rglob(pattern))
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"data.pattern {pattern!r} is not a relative glob ({error}); try '*.txt'") from error
-    return ((path.relative_to(root).as_posix(), path) for path in paths if path.is_file())
+def _stdlib_files() -> Iterator[tuple[str, Path]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in root.rglob("*.py"):
+        name = path.relative_to(root)
+        if path.is_file() and not EXCLUDED_FROM_STDLIB & set(name.parts):
+            yield name.as_posix(), path
 
 
-def _stdlib_files(pattern: str) -> Iterator[tuple[str, Path]]:
-    found = _matching(Path(sysconfig.get_paths()["stdlib"]), pattern)
-    return ((name, path) for name, path in found if not EXCLUDED_FROM_STDLIB & set(name.split("/")))
+def _matching(entry: str) -> list[Path]:
+    """The files that one entry of `SourceConfig.files` stands for."""
+    path = Path(entry).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if file.name.endswith(KNOWN_SUFFIXES) and file.is_file()]
+        require(len(found) > 0, f"{entry!r} holds no file that ends in {', '.join(KNOWN_SUFFIXES)}; to read others as "
+                f"text, name them by a glob such as {str(path / '**' / '*.c')!r}")
+        return found
+    require(any(character in entry for character in "*?["), f"{entry!r} does not exist; give a file, a directory or a "
+            "glob to data.sources")
+    found = [file for file in map(Path, glob.iglob(str(path), recursive=True)) if file.is_file()]
+    require(len(found) > 0, f"no file matches {entry!r}; change data.sources")
+    return found
 
 
-def _user_files(root: Path, pattern: str) -> Iterator[tuple[str, Path]]:
-    require(root.exists(), f"data.path {str(root)!r} does not exist; give a text file or a directory of text files")
-    return iter([(root.name, root)]) if root.is_file() else _matching(root, pattern)
+def find_files(files: Sequence[str] | None) -> list[tuple[str, Path]]:
+    """(name, path) of every file of a source (`SourceConfig.files`), sorted by name, each once.
 
-
-def _read(path: Path, python_source: bool) -> str:
-    try:
-        raw = path.read_bytes()
-        encoding = tokenize.detect_encoding(io.BytesIO(raw).readline)[0] if python_source else "utf-8"
-        return raw.decode(encoding)
-    except (OSError, UnicodeDecodeError, SyntaxError) as error:
-        raise UserError(f"cannot read {str(path)!r} as text ({error}); convert it to UTF-8, or exclude it with "
-                        "data.pattern") from error
-
-
-def read_corpus(config: DataConfig) -> list[Document]:
-    """All documents of the corpus, sorted by name.
-
-    `config.path` is a text file, or a directory in which `config.pattern` is matched at any depth; files are UTF-8.
-    `None` is the running Python's standard library without `EXCLUDED_FROM_STDLIB`, each file in the encoding it
-    declares. Empty files hold nothing to learn and are left out; their number is logged. Every other file is kept,
-    identical ones too.
-
-    Raises `UserError` for a missing path, a file that cannot be read or decoded, or no text at all.
+    Raises `UserError` for an entry that stands for no file.
     """
-    stdlib = config.path is None
-    files = sorted(_stdlib_files(config.pattern) if stdlib else _user_files(Path(config.path), config.pattern))
-    where = "the standard library" if stdlib else f"data.path {config.path!r}"
-    require(len(files) > 0, f"no file matches data.pattern {config.pattern!r} in {where}; change the pattern or path")
-    documents = [Document(name, text) for name, path in files if (text := _read(path, stdlib))]
-    require(len(documents) > 0, f"all {len(files)} files matching {config.pattern!r} in {where} are empty")
-    logging.getLogger(__name__).info(
-        "read %d documents from %s; left out %d empty files", len(documents), where, len(files) - len(documents))
-    return documents
+    if files is None:
+        return sorted(_stdlib_files())
+    return sorted({path.as_posix(): path for entry in files for path in _matching(entry)}.items())
 
 
-def corpus_hash(documents: list[Document]) -> str:
-    """sha256 (hex) over the names and texts in order; each is hashed by itself first, so no two lists run together."""
-    total = hashlib.sha256()
-    for document in documents:
-        total.update(text_digest(document.name) + text_digest(document.text))
-    return total.hexdigest()
+def _text_records(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+    raw = path.read_bytes()
+    # Python source says in which encoding it is written; without a word it is UTF-8, as all other text has to be.
+    encoding = tokenize.detect_encoding(io.BytesIO(raw).readline)[0] if path.suffix == ".py" else "utf-8"
+    yield 0, raw.decode(encoding)
 
 
-def split(documents: list[Document], validation_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents, both in the order given.
+def _json_records(path: Path, text_field: str) -> Iterator[tuple[int, object]]:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode())
+            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"record {number} of {str(path)!r} is not a line of JSON in UTF-8 ({error})") from error
+            require(isinstance(record, dict) and text_field in record, f"record {number} of {str(path)!r} has no field "
+                    f"{text_field!r}; set text_field of its source, or correct the record")
+            yield number, record[text_field]
 
-    A document is held out when its sha256, read as a binary fraction in [0, 1), is below `validation_fraction`. So its
-    side depends on nothing but its text: it stays when documents are added, and identical copies stay together.
 
-    Raises `UserError` when a side is empty.
+def _parquet_records(path: Path, text_field: str) -> Iterator[tuple[int, object]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"reading {str(path)!r} needs pyarrow; pip install 'dsv3[data]'") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            columns = table.schema_arrow.names
+            require(text_field in columns, f"{str(path)!r} has no column {text_field!r}; set text_field of its source "
+                    f"to one of: {', '.join(columns)}")
+            number = 0
+            for batch in table.iter_batches(RECORDS_A_STEP, columns=[text_field]):
+                for value in batch.column(text_field):
+                    number += 1
+                    yield number, value.as_py()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{str(path)!r} is not a readable Parquet file ({' '.join(str(error).split())})") from error
+
+
+def _reader(path: Path) -> Callable[[Path, str], Iterator[tuple[int, object]]]:
+    if path.suffix == ".parquet":
+        return _parquet_records
+    return _json_records if path.name.endswith((".jsonl", ".jsonl.gz")) else _text_records
+
+
+def _documents_of(name: str, path: Path, text_field: str) -> Iterator[Document]:
+    number = 0
+    try:
+        for number, text in _reader(path)(path, text_field):
+            place = f"record {number} of {str(path)!r}" if number else repr(str(path))
+            require(isinstance(text, str), f"{place}: field {text_field!r} is {text!r:.40}, not a text; correct the "
+                    "record, or set text_field of its source")
+            require(text.isascii() or text == text.encode("utf-8", "replace").decode(), f"{place} holds half of a "
+                    "surrogate pair, which is no character; correct the text")
+            yield Document(f"{name}:{number}" if number else name, text)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, LookupError, SyntaxError) as error:
+        where = f"{str(path)!r} after record {number}" if number else repr(str(path))
+        raise UserError(f"cannot read {where} ({error}); convert it to UTF-8, repair it, or leave it out of "
+                        "data.sources") from error
+
+
+def read_documents(files: Sequence[str] | None, text_field: str) -> Iterator[Document]:
+    """The documents of a source, one at a time, ordered by file name and then by their place in the file.
+
+    A text file is one document, each line of `.jsonl` and `.jsonl.gz` and each row of `.parquet` another. Text is
+    UTF-8, Python source the encoding that it declares. Documents without a character hold nothing to learn: they are
+    left out and, at the end, their number is logged. All others are kept, identical ones too.
+
+    Raises `UserError`, naming the file and the record, for whatever cannot be read as `SourceConfig` describes it.
     """
-    limit = round(validation_fraction * 2**64)
-    held_out = [int.from_bytes(text_digest(document.text)[:8], "big") < limit for document in documents]
-    train = [document for document, out in zip(documents, held_out) if not out]
-    validation = [document for document, out in zip(documents, held_out) if out]
-    for side, name in ((train, "training"), (validation, "validation")):
-        require(len(side) > 0, f"data.validation_fraction {validation_fraction} leaves no {name} document of "
-                f"{len(documents)}; change the fraction, or divide the text into more files")
-    return train, validation
+    kept = empty = 0
+    for name, path in find_files(files):
+        for document in _documents_of(name, path, text_field):
+            if document.text:
+                kept += 1
+                yield document
+            else:
+                empty += 1
+    where = "the standard library" if files is None else ", ".join(files)
+    logging.getLogger(__name__).info("read %d documents from %s; left out %d empty ones", kept, where, empty)
+
+
+def held_out(digest: bytes, validation_fraction: float) -> bool:
+    """Whether a document is for validation: its `text_digest`, read as a binary fraction in [0, 1), is below this one.
+
+    So its side depends on nothing but its text: it stays when documents are added, and copies stay together.
+    """
+    return int.from_bytes(digest[:8], "big") < round(validation_fraction * 2**64)

@@ -24,7 +24,8 @@ from dsv3.config import (
 )
 
 DATA = DataConfig(
-    path=None, pattern="*.py", validation_fraction=0.1, tokenizer="bytes", bpe_vocab_size=60, fim_rate=0.0,
+    sources=(SourceConfig(files=None, text_field="text", weight=1.0),), validation_fraction=0.1, tokenizer="bytes",
+    bpe_vocab_size=60, split_rate=0.0, fim_rate=0.0,
     segment_ids=False, eval_bytes=100, eval_stride=4, seed=0)
 RAMP = (
     Phase(until=1000, start=2, end=8, shape="linear"),
