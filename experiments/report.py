@@ -14,3 +14,16 @@ def results_table(results: dict) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+
+
+def cleaning_table(report: dict) -> str:
+    """Documents and megabytes read, dropped by each rule and kept, with examples of what was dropped."""
+    read = report["counts"]["read"]
+    rows = [name for name in report["counts"] if name != "kept"] + ["kept"]
+    lines = [f"  {'':<16}{'documents':>12}{'share':>8}{'MB':>12}{'share':>8}  examples"]
+    for name in rows:
+        row = report["counts"][name]
+        shares = [row[unit] / max(1, read[unit]) for unit in ("documents", "bytes")]
+        lines.append(f"  {name:<16}{row['documents']:>12,}{shares[0]:>8.1%}{row['bytes'] / 1e6:>12,.1f}{shares[1]:>8.1%}"
+                     f"  {', '.join(report['examples'].get(name, [])[:2])}".rstrip())
+    return "\n".join(lines)
