@@ -70,19 +70,22 @@ def examine(texts: list[str], config: CleanConfig) -> list[Examined]:
 
 
 class Tally:
-    """Documents and bytes read, kept and dropped by each rule, with the names of the first few dropped."""
+    """Documents and bytes read, kept and dropped by each rule, with the first few dropped by each.
+
+    An example is the dropped document's name and, for a duplicate, that of the document it repeats.
+    """
 
     def __init__(self, config: CleanConfig):
         reasons = [*config.rules, *[EXACT] * config.duplicates, *[NEAR] * (config.near is not None)]
         self.counts = {name: {"documents": 0, "bytes": 0} for name in ("read", "kept", *reasons)}
-        self.examples: dict[str, list[str]] = {name: [] for name in reasons}
+        self.examples: dict[str, list[tuple[str, ...]]] = {name: [] for name in reasons}
 
-    def add(self, outcome: str, n_bytes: int, example: str) -> None:
+    def add(self, outcome: str, n_bytes: int, names: tuple[str, ...]) -> None:
         for row in (self.counts["read"], self.counts[outcome]):
             row["documents"] += 1
             row["bytes"] += n_bytes
         if outcome != "kept" and len(self.examples[outcome]) < EXAMPLES:
-            self.examples[outcome].append(example)
+            self.examples[outcome].append(names)
 
 
 def clean(documents: Iterable[Document], directory: Path, config: CleanConfig, workers: int) -> dict:
@@ -174,13 +177,13 @@ def _decide(documents: Iterable[Document], pool: ProcessPoolExecutor, workers: i
     """The documents to keep and their bytes; `tally` hears of all. A progress bar appears after ten seconds."""
     with tqdm(desc="cleaning", unit="B", unit_scale=True, delay=10) as progress:
         for document, found in _examined(documents, pool, workers, config):
-            outcome, example = found.failed or "kept", document.name
+            outcome, names = found.failed or "kept", (document.name,)
             if outcome == "kept" and seen is not None:
                 duplicate = seen.duplicate_of(document.name, found.digest, found.sketch)
                 if duplicate is not None:
                     outcome = {"exact": EXACT, "near": NEAR}[duplicate[0]]
-                    example = f"{document.name} (of {duplicate[1]})"
-            tally.add(outcome, found.n_bytes, example)
+                    names = (document.name, duplicate[1])
+            tally.add(outcome, found.n_bytes, names)
             progress.update(found.n_bytes)
             if outcome == "kept":
                 yield document, found.n_bytes

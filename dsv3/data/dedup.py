@@ -93,7 +93,11 @@ class NearIndex:
             raise UserError("near duplicates need datasketch, which is not installed; install dsv3[data], or look for "
                             "exact duplicates only") from error
         self._threshold = config.threshold
-        self._lsh = MinHashLSH(threshold=config.threshold, num_perm=config.num_perm, weights=LSH_WEIGHTS)
+        settings = {"threshold": config.threshold, "num_perm": config.num_perm}
+        try:
+            self._lsh = MinHashLSH(**settings, weights=LSH_WEIGHTS)
+        except ValueError:  # a high threshold asks for one band of hashes; datasketch takes no fewer than two
+            self._lsh = MinHashLSH(**settings, params=(2, config.num_perm // 2))
         self._minhash = lambda minima: LeanMinHash(seed=config.seed, hashvalues=minima, scheme="affine32")
         self._file = tempfile.TemporaryFile(dir=scratch, buffering=0)
         self._spans: list[tuple[int, int]] = []  # of each kept document: first shingle in the file, their number
