@@ -57,7 +57,7 @@ class Limits(Node):
 
 
 def undecodable(text: str, limits: Limits) -> bool:
-    """A null character, half a surrogate pair, or too many replacement characters (ours): binary, or decoded wrongly."""
+    """A null character, half a surrogate pair, or too many replacement characters (ours): no text, or read wrongly."""
     try:
         text.encode()
     except UnicodeEncodeError:

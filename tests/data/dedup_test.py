@@ -82,7 +82,8 @@ def test_minima_agree_as_often_as_the_jaccard_index():
     assert np.std(errors) < 1.3 * (variance / len(errors)) ** 0.5
 
 
-documents = st.lists(st.lists(st.sampled_from(["a", "b", "c", "+", "é"]), max_size=8).map(" ".join), max_size=12).map(named)
+documents = st.lists(
+    st.lists(st.sampled_from(["a", "b", "c", "+", "é"]), max_size=8).map(" ".join), max_size=12).map(named)
 configs = st.sampled_from([SMALL, CHARACTERS, None])
 
 

@@ -155,7 +155,8 @@ def test_names_become_rules_in_table_order():
     assert parse_rules(["none"]) == ()
     assert parse_rules(["digits", "short"]) == ("short", "digits")
     assert set(parse_rules(["text", "code"])) == set(RULES) == set(RULE_SETS["text"]) | set(RULE_SETS["code"])
-    for names, message in ((["shorts"], "'shorts' does not exist"), (["none", "short"], "keep one"), ([], "write none")):
+    wrong = (["shorts"], "'shorts' does not exist"), (["none", "short"], "keep one"), ([], "write none")
+    for names, message in wrong:
         with pytest.raises(UserError, match=message):
             parse_rules(names)
 

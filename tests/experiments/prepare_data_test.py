@@ -77,7 +77,8 @@ def test_a_corpus_is_cleaned_read_back_and_clean(tmp_path):
                if name not in ("read", "kept") and row["documents"]}
     assert dropped == {"undecodable": 1, "short": 1, "digits": 1, "exact_duplicate": 2, "near_duplicate": 1}
     assert report["counts"]["read"]["documents"] == 49
-    names = {name: [Path(name).name for name in examples[0]] for name, examples in report["examples"].items() if examples}
+    names = {rule: [Path(name).name for name in examples[0]]
+             for rule, examples in report["examples"].items() if examples}
     assert names["near_duplicate"] == ["x_near.txt", "w_near.txt"]
     assert names["exact_duplicate"] == ["x_copy.rst", "text003.py"] and names["undecodable"] == ["x_binary.txt"]
     assert "exact_duplicate" in process.stdout and "43" in process.stdout
@@ -94,13 +95,13 @@ def test_a_corpus_is_cleaned_read_back_and_clean(tmp_path):
 def test_the_number_of_processes_changes_no_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(clean_module, "BATCH_DOCUMENTS", 7)
     monkeypatch.setattr(clean_module, "SHARD_BYTES", 8_000)
-    documents = [Document(f"d{number}", prose(number % 70, 80 + 5 * (number % 3))) for number in range(160)]
+    documents = [Document(f"d{number}", prose(number % 71, 80 + 5 * (number % 2))) for number in range(160)]
     for workers in (1, 2):
         report = clean(iter(documents), tmp_path / str(workers), CONFIG, workers)
         check_counts(report)
     monkeypatch.setattr(clean_module, "BATCH_DOCUMENTS", 50)
     clean(iter(documents), tmp_path / "3", CONFIG, 1)
-    assert len(report["files"]) > 2 and 0 < report["counts"]["exact_duplicate"]["documents"]
+    assert len(report["files"]) > 2 and report["counts"]["exact_duplicate"]["documents"] == 18
     assert hashes(tmp_path / "1") == hashes(tmp_path / "2") == hashes(tmp_path / "3")
     assert {name: file["sha256"] for name, file in report["files"].items()} == {
         name: value for name, value in hashes(tmp_path / "1").items() if name != "report.json"}
@@ -175,7 +176,7 @@ def documents(go):
     for number in range(400):
         while number == 200 and not go.exists():
             time.sleep(0.02)
-        yield clean.Document(f"d{number}", " ".join(f"word{number * 1000 + index}" for index in range(60)))
+        yield clean.Document(f"d{number}", " ".join(f"spelling{number}x{index}" for index in range(60)))
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
@@ -194,11 +195,14 @@ def paused(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(tmp_path)], env=environment,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: process.poll() is not None or list(tmp_path.glob("out/.cleaned.*.partial/part-00001.jsonl.gz")))
-    assert process.poll() is None, process.communicate()
-    yield process
-    process.kill()
-    process.communicate()
+    try:
+        written = lambda: list(tmp_path.glob("out/.cleaned.*.partial/part-00001.jsonl.gz"))
+        wait_until(lambda: process.poll() is not None or written())
+        assert process.poll() is None, process.communicate()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.slow
