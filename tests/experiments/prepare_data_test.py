@@ -154,7 +154,7 @@ def alive(pid):
         return False
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -193,25 +193,30 @@ def paused(tmp_path):
     """A cleaning that has written two shards and waits, half of its input read, for a file named go."""
     (tmp_path / "script.py").write_text(PAUSED)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(tmp_path)], env=environment,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "errors", "w") as errors:  # not a pipe, whose end orphans would hold
+        process = subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(tmp_path)], env=environment,
+                                   stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+    spawned = []
     try:
         written = lambda: list(tmp_path.glob("out/.cleaned.*.partial/part-00001.jsonl.gz"))
         wait_until(lambda: process.poll() is not None or written())
-        assert process.poll() is None, process.communicate()
-        yield process
+        assert process.poll() is None, (tmp_path / "errors").read_text()
+        spawned = children(process.pid)
+        yield process, spawned
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        for pid in filter(alive, spawned):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_run_leaves_no_directory_and_no_process_and_the_next_one_succeeds(tmp_path, paused):
-    spawned = children(paused.pid)
+    process, spawned = paused
     assert len(spawned) >= 2 and all(map(alive, spawned))
-    paused.send_signal(signal.SIGKILL)
-    assert paused.wait(30) == -signal.SIGKILL
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(30) == -signal.SIGKILL
     left = os.listdir(tmp_path / "out")
     assert len(left) == 1 and left[0].startswith(".cleaned.") and left[0].endswith(".partial")
     assert REPORT not in os.listdir(tmp_path / "out" / left[0])
@@ -224,12 +229,14 @@ def test_a_killed_run_leaves_no_directory_and_no_process_and_the_next_one_succee
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_worker_is_one_line_and_leaves_nothing(tmp_path, paused):
-    workers = [pid for pid in children(paused.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    process, spawned = paused
+    workers = [pid for pid in spawned if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     (tmp_path / "go").touch()
-    _, errors = paused.communicate(timeout=60)
-    assert paused.returncode == 1 and errors.startswith("error: a worker process was killed"), errors
+    process.wait(60)
+    errors = (tmp_path / "errors").read_text()
+    assert process.returncode == 1 and errors.startswith("error: a worker process was killed"), errors
     assert errors.count("\n") == 1
     assert os.listdir(tmp_path / "out") == []
 
