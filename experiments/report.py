@@ -14,3 +14,18 @@ def results_table(results: dict) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+
+
+def cleaning_table(report: dict) -> str:
+    """Documents and megabytes read, dropped by each rule and kept, with an example of what was dropped."""
+    read = report["counts"]["read"]
+    lines = [f"  {'':<16}{'documents':>11}{'share':>8}{'MB':>11}{'share':>8}  for example"]
+    for name in [name for name in report["counts"] if name != "kept"] + ["kept"]:
+        row = report["counts"][name]
+        documents, size = (row[unit] / max(1, read[unit]) for unit in ("documents", "bytes"))
+        example = "".join(names[0] for names in report["examples"].get(name, [])[:1])
+        example = example.encode(errors="backslashreplace").decode()
+        example = example if len(example) <= 56 else f"...{example[-53:]}"
+        lines.append(f"  {name:<16}{row['documents']:>11,}{documents:>8.1%}{row['bytes'] / 1e6:>11,.1f}{size:>8.1%}"
+                     f"  {example}".rstrip())
+    return "\n".join(lines)
