@@ -36,7 +36,7 @@ SEED = flags.DEFINE_integer("seed", 0, "of the kinds and moments")
 KINDS = ("data", "compile", "save", "saved", "any")
 """Aims: while data is written; before the first step is done; while a checkpoint is written; just after; any moment."""
 TIMING = ("tokens_per_second", "mfu")  # fields of metrics.jsonl that no two runs share
-JSON_ITEMS = ("progress", "description")  # items of a checkpoint that hold no arrays
+JSON_ITEMS = ("record",)  # items of a checkpoint that hold no arrays
 CHECKPOINT_EVERY = 4
 POLL_SECONDS, JUST_AFTER_SECONDS = 0.002, 0.05
 HUNG_SECONDS = 300
@@ -45,8 +45,8 @@ HUNG_SECONDS = 300
 def small(corpus: Path, kills: int) -> dict[str, str]:
     """Overrides for a run of seconds, with two checkpoints a kill and every part of a real one."""
     return {
-        "data.path": str(corpus), "data.tokenizer": "bpe", "data.bpe_vocab_size": "400", "data.eval_bytes": "600",
-        "data.validation_fraction": "0.2", "data.eval_stride": "16",
+        "data.sources.0.files": str(corpus), "data.tokenizer": "bpe", "data.bpe_vocab_size": "400",
+        "data.eval_bytes": "600", "data.validation_fraction": "0.2", "data.eval_stride": "16",
         "model.vocab_size": "400", "model.dim": "24", "model.inter_dim": "32", "model.n_layers": "2",
         "model.remat": "none", "model.attention.n_heads": "2", "model.attention.q_lora_rank": "16",
         "model.attention.kv_lora_rank": "16", "model.attention.qk_nope_head_dim": "8",
@@ -289,7 +289,8 @@ def arrays(directory: Path) -> dict[str, np.ndarray]:
 def compare_checkpoints(one: Path, other: Path) -> tuple[list[str], int]:
     """Differences between two checkpoints, bit for bit, and how many arrays were compared."""
     items = {path.name for run in (one, other) for path in run.iterdir() if path.is_dir()}
-    found, count = [f"{one}: no {name}" for name in {"params", "routing", "opt_state", "step", "progress"} - items], 0
+    expected = {"params", "routing", "opt_state", "counters", "ema", "record"}
+    found, count = [f"{one}: no {name}" for name in expected - items], 0
     for name in sorted(items):
         if not ((one / name).is_dir() and (other / name).is_dir()):
             found.append(f"{name} is in one checkpoint only")

@@ -1,4 +1,4 @@
-"""Everything a run needs to continue, through Orbax: written in the background, verified when read (docs/operations.md).
+"""Everything a run needs to continue, through Orbax: written in the background, verified when read.
 
 Orbax restores flipped bits without noticing, so every checkpoint carries a fingerprint of each of its arrays, taken
 while they were still in the device's memory, and a sha256 of everything else.
@@ -132,7 +132,7 @@ class Checkpoints:
         """The newest undamaged checkpoint, onto the shapes, dtypes and shardings of `abstract_state`; None if none is.
 
         `check` sees each checkpoint's description before its arrays are read, and may refuse it with a `UserError`.
-        A damaged checkpoint is named in the log and moved to `damaged/` in the workdir. Raises `UserError` when all are.
+        A damaged checkpoint is named in the log and moved to `damaged/` in the workdir. Raises `UserError` if all are.
         """
         steps, damaged = self.steps(), []
         for step in reversed(steps):

@@ -92,7 +92,9 @@ def _first_gradient(model: Transformer, variables: dict, batch: Batch, segment_m
     return f"the gradient of {min(found)[1]}" if found else None
 
 
-def _distance(run: str, layer: int | None, inner: str) -> tuple[int, int, bool]:
+def _distance(run: str, layer: int | None, inner: str) -> tuple[int, int, int]:
     """Sorts parameters by how soon the backward pass reaches them."""
     order = ("mtp", "head", "norm", "moe", "dense", "embed")
-    return order.index(run.split("_")[0]), -(layer or 0), inner.startswith("attn")
+    parts = ("moe", "mlp", "attn")  # of a block, from its end; what else there is stands before the block
+    part = next((index for index, name in enumerate(parts) if name in inner.split("/")), len(parts))
+    return order.index(run.split("_")[0]), -(layer or 0), part

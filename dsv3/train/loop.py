@@ -120,7 +120,7 @@ def train(config: Config, workdir: Path, ops: Ops, profile: Profile | None = Non
             (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
         run = _Run(config, model, mesh, prepared, checkpoints, ema, writer)
         run.spikes_so_far(read_metrics(workdir / "metrics.jsonl"))
-        with StopRequest() as stop:
+        with StopRequest(mesh) as stop:
             state = run.steps(start.state, start.progress, stop, profile)
     if is_main():
         records = list(read_metrics(workdir / "metrics.jsonl"))
@@ -156,7 +156,7 @@ class _Run:
         self.pending: list[tuple[dict[str, Any], Any]] = []
         self.shapes: set[int] = set()
         self.batches: Batch | None = None
-        self.line = ""
+        self.line, self.bad = "", False
         self.validation: Validation | None = None
 
     def spikes_so_far(self, records: Iterator[dict[str, Any]]) -> None:
@@ -187,14 +187,14 @@ class _Run:
                 if tracing and done == min(tracing.stop, train.steps) > tracing.start:
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
-                last, stopping = done == train.steps, stop.reached(done)
+                last, stopping = done == train.steps, stop.reached()
                 if done % train.log_every == 0 or last:
                     bar.set_postfix_str(self.log(state))
                 if done % train.guard.replica_check_every == 0 or last:
                     check_replicas(self.mesh, {"params": state.params, "routing": state.routing})
                 if done % train.eval_every == 0 or last:
                     self.evaluate(state, done, progress)
-                if done % train.checkpoint_every == 0 or last or stopping:
+                if last or stopping or (done % train.checkpoint_every == 0 and self.is_good(state)):
                     self.save(state, progress)
                 bar.update()
                 if stopping and not last:
@@ -245,10 +245,12 @@ class _Run:
             records[-1] |= {"tokens_per_second": rate, "mfu": rate * self.flops_per_token / self.peak_flops}
         self.write(*records)
         last = records[-1]
+        self.bad = last["bad_steps_in_a_row"] > 0
         self.check_bad_steps(state, last)
         self.timer.resume()
         skipped = f", {last['bad_steps']} bad steps" if last["bad_steps"] else ""
-        self.line = f"loss {last['loss']:.3f}, MaxVio {max(last['max_vio'], default=0):.2f}, {rate:,.0f} tokens/s{skipped}"
+        worst = max(last["max_vio"], default=0.0)
+        self.line = f"loss {last['loss']:.3f}, MaxVio {worst:.2f}, {rate:,.0f} tokens/s{skipped}"
         return self.line
 
     def write(self, *records: dict[str, Any]) -> None:
@@ -277,6 +279,11 @@ class _Run:
             "validation_mtp_agreement": self.validation.mtp_agreement,
             "validation_mtp_chance": self.validation.mtp_chance, "validation_max_vio": self.validation.max_vio})
         self.timer.resume()
+
+    def is_good(self, state: TrainState) -> bool:
+        """Whether the last step was; in a bad streak the older checkpoints must not be pushed out by newer ones."""
+        self.log(state)
+        return not self.bad
 
     def save(self, state: TrainState, progress: Progress) -> None:
         """Metrics of all steps so far are on disk before the checkpoint that a continued run starts from."""

@@ -1,6 +1,7 @@
 """What a run writes while it trains: `metrics.jsonl` (one line a step) and TensorBoard scalars."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,12 @@ class MetricsWriter:
         """One line; numbers, and lists of numbers by index, also become TensorBoard scalars (loads do not)."""
         self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, record["step"])
-            elif name != "load":
-                for index, item in enumerate(value):
-                    self._board.add_scalar(f"{name}/{index}", item, record["step"])
+            if name == "load":
+                continue
+            items = enumerate(value) if isinstance(value, list) else ((None, value),)
+            for index, item in items:
+                if math.isfinite(item):
+                    self._board.add_scalar(name if index is None else f"{name}/{index}", item, record["step"])
 
     def flush(self) -> None:
         self._file.flush()

@@ -21,7 +21,7 @@ from dsv3.train.optimizer import adamw
 
 
 class BadSteps(NamedTuple):
-    """Steps that changed nothing because their loss or gradient was not finite: the latest in a row, and all of them."""
+    """Steps that changed nothing, as their loss or gradient was not finite: the latest in a row, and all of them."""
 
     in_a_row: jax.Array
     total: jax.Array

@@ -15,7 +15,6 @@ from dsv3.config import (
     Phase,
     SourceConfig,
     UserError,
-    constant,
     differences,
     from_dict,
     override,
