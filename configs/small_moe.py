@@ -34,14 +34,14 @@ def of_report(trillions: float) -> float:
 def get_config() -> Config:
     return Config(
         model=ModelConfig(
-            vocab_size=16384, dim=1024, inter_dim=3456, n_layers=13, n_dense_layers=1, norm_eps=1e-6, init_std=0.006,
+            vocab_size=16384, dim=1280, inter_dim=4608, n_layers=8, n_dense_layers=1, norm_eps=1e-6, init_std=0.006,
             dtype="bfloat16", remat="report",
             attention=AttentionConfig(
-                n_heads=16, q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
+                n_heads=8, q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                 rope_theta=10000.0, yarn=None),
             moe=MoEConfig(
                 n_routed_experts=64, n_shared_experts=1, n_activated_experts=8, n_expert_groups=8, n_limited_groups=4,
-                moe_inter_dim=384, score_func="sigmoid", selection_bias=True, norm_topk_prob=True, route_scale=2.5),
+                moe_inter_dim=512, score_func="sigmoid", selection_bias=True, norm_topk_prob=True, route_scale=2.5),
             mtp=MTPConfig(depth=1, eh_order="embedding_first", hidden="post_norm")),
         data=DataConfig(
             path=None, pattern="**/*.txt", validation_fraction=0.01, tokenizer="bpe", bpe_vocab_size=16384,

@@ -23,6 +23,8 @@ STEP = 64
 """Depth of one multiplication: 128 bytes of bfloat16, the widest swizzle."""
 STAGES = 4
 """Operand tiles in flight: 4 x 48 KiB of the 227 KiB of shared memory."""
+IN_FLIGHT = 1
+"""Multiplications (0 or 1) that may still run while the next operand tiles are awaited."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernel is right, only less evenly spread."""
 
@@ -105,15 +107,23 @@ def _persistent(tile_of: Callable, multiply: Callable, n_tiles: int, a_shape: tu
                     tile = tile_of(loop.index[0], *refs)
 
                     def accumulate(acc):
-                        def step(_, count):
+                        def release(count, when):
+                            @pl.when(when)
+                            def _():
+                                plgpu.barrier_arrive(empty.at[lax.rem(count, STAGES)])
+
+                        def step(index, count):
                             slot = lax.rem(count, STAGES)
                             plgpu.barrier_wait(full.at[slot])
                             multiply(acc, a_smem.at[slot], b_smem.at[slot], group)
-                            plgpu.wgmma_wait(0)
-                            plgpu.barrier_arrive(empty.at[slot])
+                            plgpu.wgmma_wait(IN_FLIGHT)
+                            release(count - IN_FLIGHT, index >= IN_FLIGHT)
                             return count + 1
 
                         count = lax.fori_loop(0, tile.steps, step, carry)
+                        plgpu.wgmma_wait(0)
+                        if IN_FLIGHT:
+                            release(count - 1, count > carry)
                         return acc[...], count
 
                     acc, count = pl.run_scoped(accumulate, plgpu.ACC((BLOCK // 2, width)))
