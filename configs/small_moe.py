@@ -35,7 +35,7 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             vocab_size=16384, dim=1280, inter_dim=4608, n_layers=8, n_dense_layers=1, norm_eps=1e-6, init_std=0.006,
-            dtype="bfloat16", remat="report",
+            dtype="bfloat16", remat="report", scan_unroll=7,
             attention=AttentionConfig(
                 n_heads=8, q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                 rope_theta=10000.0, yarn=None),

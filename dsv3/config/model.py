@@ -120,6 +120,7 @@ class ModelConfig(Node):
     init_std: float
     dtype: Literal["float32", "bfloat16"]
     remat: Literal["none", "report", "full"]
+    scan_unroll: int
     attention: AttentionConfig
     moe: MoEConfig
     mtp: MTPConfig

@@ -62,5 +62,6 @@ def layer_run(config: ModelConfig, ops: Ops, *, moe: bool, length: int, name: st
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         length=length,
+        unroll=min(config.scan_unroll, length),
     )
     return scanned(config, ops, moe, name=name)

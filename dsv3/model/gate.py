@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3.config import MoEConfig
+from dsv3.kernels.dot import dot_float32
 
 
 class Routes(NamedTuple):
@@ -18,7 +19,7 @@ class Routes(NamedTuple):
 
 def scores(x_TD: jax.Array, w_DE: jax.Array, config: MoEConfig) -> jax.Array:
     """Affinity of every token for every expert, float32 whatever the model's dtype."""
-    logits_TE = jnp.dot(x_TD.astype(jnp.float32), w_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    logits_TE = dot_float32(x_TD, w_DE)
     return jax.nn.sigmoid(logits_TE) if config.score_func == "sigmoid" else jax.nn.softmax(logits_TE, axis=-1)
 
 
