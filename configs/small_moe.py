@@ -47,9 +47,9 @@ def get_config() -> Config:
             path=None, pattern="**/*.txt", validation_fraction=0.01, tokenizer="bpe", bpe_vocab_size=16384,
             fim_rate=0.1, segment_ids=False, eval_bytes=2_000_000, eval_stride=1024, seed=0),
         train=TrainConfig(
-            steps=STEPS, seq_len=LENGTH, micro_batch_size=16, batch_increment=16,
+            steps=STEPS, seq_len=LENGTH, micro_batch_size=32, batch_increment=32,
             batch_size=(
-                Phase(until=of_report(0.469), start=BATCH // 4, end=BATCH, shape="linear"),
+                Phase(until=of_report(0.469), start=BATCH // 2, end=BATCH, shape="linear"),
                 Phase(until=math.inf, start=BATCH, end=BATCH, shape="constant")),
             warmup_steps=1000,
             learning_rate=(

@@ -62,3 +62,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
     app.run(checked, argv=rest, flags_parser=parse_flags)
+
+
+def run_command(mains: dict[str, Callable[[Sequence[str]], None]], default: str) -> None:
+    """`run` of the function that the first argument names, or of `default` where that is a flag or missing."""
+    name = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else default
+    if name not in mains:
+        fail(UserError(f"unknown command {name!r}; expected one of {', '.join(mains)}"))
+    run(mains[name])

@@ -23,8 +23,6 @@ STEP = 64
 """Depth of one multiplication: 128 bytes of bfloat16, the widest swizzle."""
 STAGES = 4
 """Operand tiles in flight: 4 x 48 KiB of the 227 KiB of shared memory."""
-IN_FLIGHT = 1
-"""Multiplications (0 or 1) that may still run while the next operand tiles are awaited."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernel is right, only less evenly spread."""
 
@@ -43,8 +41,10 @@ def tile_width(n: int) -> int:
     return 256 if n % 256 == 0 else 128
 
 
-def refusal(n_in: int, n_out: int, block: int) -> str | None:
+def refusal(n_in: int, n_out: int, dtype: jnp.dtype, block: int) -> str | None:
     """Why [J, n_in] x [E, n_in, n_out] cannot run here, or None."""
+    if dtype != jnp.bfloat16:
+        return f"experts in {jnp.dtype(dtype).name}: they must be bfloat16"
     if n_in % 128 or n_out % 128:
         return f"experts of {n_in} x {n_out}: both must be multiples of 128"
     return None if block % BLOCK == 0 else f"row blocks of {block}: must be a multiple of {BLOCK}"
@@ -107,23 +107,15 @@ def _persistent(tile_of: Callable, multiply: Callable, n_tiles: int, a_shape: tu
                     tile = tile_of(loop.index[0], *refs)
 
                     def accumulate(acc):
-                        def release(count, when):
-                            @pl.when(when)
-                            def _():
-                                plgpu.barrier_arrive(empty.at[lax.rem(count, STAGES)])
-
-                        def step(index, count):
+                        def step(_, count):
                             slot = lax.rem(count, STAGES)
                             plgpu.barrier_wait(full.at[slot])
                             multiply(acc, a_smem.at[slot], b_smem.at[slot], group)
-                            plgpu.wgmma_wait(IN_FLIGHT)
-                            release(count - IN_FLIGHT, index >= IN_FLIGHT)
+                            plgpu.wgmma_wait(0)
+                            plgpu.barrier_arrive(empty.at[slot])
                             return count + 1
 
                         count = lax.fori_loop(0, tile.steps, step, carry)
-                        plgpu.wgmma_wait(0)
-                        if IN_FLIGHT:
-                            release(count - 1, count > carry)
                         return acc[...], count
 
                     acc, count = pl.run_scoped(accumulate, plgpu.ACC((BLOCK // 2, width)))

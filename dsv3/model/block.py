@@ -11,7 +11,8 @@ from dsv3.model.ops import Ops
 
 SAVED_BY_REPORT = (
     "attn.q", "attn.q_a", "attn.kv_a", "attn.core", "block.attended",
-    "mlp.gate_up", "shared.gate_up", "moe.scores", "moe.routes", "moe.plan", "experts.rows", "experts.gate_up", "experts.down",
+    "mlp.gate_up", "shared.gate_up", "moe.scores", "moe.routes", "moe.plan",
+    "experts.rows", "experts.gate_up", "experts.down",
 )
 """What the report's policy keeps for the backward pass: inputs and outputs of products, not RMSNorm, SwiGLU or the MLA
 up-projections, which it computes again (section 3.2.3)."""

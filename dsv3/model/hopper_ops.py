@@ -12,14 +12,13 @@ from dsv3.kernels.permute import make_plan, permute, unpermute
 from dsv3.model.ops import Ops, experts, linear, norm_linear, swiglu_linear
 
 
-@jax.named_scope("dispatch")
 def dispatch(x_TD: jax.Array, topk_TK: jax.Array, n_experts: int):
     """As in `dsv3.model.ops`, with the rows gathered again in the backward pass: that moves less than keeping them."""
     plan, sizes_E = checkpoint_name(make_plan(topk_TK, n_experts, BLOCK), "moe.plan")
     return permute(x_TD, plan), sizes_E, plan
 
 
-def hopper_ops(*, attention=causal_attention_cudnn, grouped_dot=grouped_dot_hopper, loss_chunk: int = 4096) -> Ops:
+def hopper_ops(*, attention=causal_attention_cudnn, grouped_dot=grouped_dot_hopper, loss_chunk: int = 16384) -> Ops:
     """Expert rows in blocks of 128; `attention` and `grouped_dot` may be replaced by forms that accept more shapes."""
     return Ops(
         linear=linear,

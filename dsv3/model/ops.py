@@ -71,13 +71,11 @@ def swiglu_linear(site: str, gate_up: jax.Array, w: jax.Array) -> jax.Array:
     return linear(site, swiglu(gate_up), w)
 
 
-@jax.named_scope("dispatch")
 def dispatch(x_TD: jax.Array, topk_TK: jax.Array, n_experts: int, *, row_block: int):
     plan, sizes_E = checkpoint_name(make_plan(topk_TK, n_experts, row_block), "moe.plan")
     return checkpoint_name(permute(x_TD, plan), "experts.rows"), sizes_E, plan
 
 
-@jax.named_scope("experts")
 def experts(
     rows_JD: jax.Array, sizes_E: jax.Array, weights: ExpertWeights, *, row_block: int, grouped_dot: Callable,
 ) -> jax.Array:
