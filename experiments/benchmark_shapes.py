@@ -18,7 +18,7 @@ from dsv3.config import Config, constant, require
 from dsv3.model.ops import reference_ops
 from dsv3.train.throughput import measured_matmul_flops
 from experiments import launch
-from experiments.benchmark_step import measure, write_json
+from experiments.benchmark_step import measure, prepare, write_json
 
 REPEATS = flags.DEFINE_integer("repeats", 20, "timed steps; the median is reported")
 UPDATE = flags.DEFINE_bool("update", False, "rewrite the committed ratios with this run's")
@@ -74,7 +74,7 @@ def main(overrides: Sequence[str]) -> None:
     rows, measured = [], {}
     for n_layers, mtp_depth in SHAPES:
         config = benchmark_config(n_layers, mtp_depth)
-        row = measure(config, reference_ops(), REPEATS.value)
+        row, _ = measure(prepare(config, reference_ops()), REPEATS.value)
         measured[f"{n_layers} layers, MTP {mtp_depth}"] = ratios(row, matmul_seconds)
         rows.append({"layers": n_layers, "mtp": mtp_depth, **row})
     print(f"{kind}, jax {version('jax')}: 512 tokens a step, width 128, 8 experts\n")

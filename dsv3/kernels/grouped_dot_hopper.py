@@ -82,7 +82,7 @@ def _persistent(tile_of: Callable, multiply: Callable, n_tiles: int, a_shape: tu
                 plgpu.set_max_registers(40, action="decrease")
 
                 @each_tile
-                def _(loop, carry):
+                def count(loop, carry):
                     tile = tile_of(loop.index[0], *refs)
 
                     def load(step, count):
@@ -97,6 +97,11 @@ def _persistent(tile_of: Callable, multiply: Callable, n_tiles: int, a_shape: tu
                         return count + 1
 
                     return lax.fori_loop(0, tile.steps, load, carry)
+
+                for last in range(STAGES):  # no barrier is left with an arrival that nobody saw
+                    @pl.when(count > last)
+                    def _(last=last):
+                        plgpu.barrier_wait(empty.at[lax.rem(count - 1 - last, STAGES)])
 
             @pl.when(group < 2)
             def _():

@@ -56,7 +56,7 @@ def _auto() -> Ops:
 
 def _require() -> Ops:
     device = jax.devices()[0]
-    require(is_hopper(device), f"kernels=require needs a Hopper GPU (compute capability 9.0), and the default device is "
+    require(is_hopper(device), f"kernels=require needs a Hopper GPU (compute capability 9.0); the default device is "
             f"{device.device_kind}; use kernels=auto or kernels=reference")
     return with_fallbacks(_raise)
 
