@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import distance
 
-from dsv3.kernels.dot import dot
+from dsv3.kernels.dot import dot, dot_float32
 from dsv3.kernels.grouped_dot import grouped_dot, grouped_dot_loop
 
 RNG = np.random.default_rng(0)
