@@ -30,7 +30,7 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             vocab_size=163840, dim=7168, inter_dim=18432, n_layers=61, n_dense_layers=1, norm_eps=1e-6,
-            init_std=0.006, dtype="bfloat16", remat="report",
+            init_std=0.006, dtype="bfloat16", remat="report", scan_unroll=1,
             attention=AttentionConfig(
                 n_heads=64, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
                 v_head_dim=128, rope_theta=50000.0,

@@ -1,13 +1,15 @@
 """A DeepSeek-V3 of 1.0B parameters, 0.2B of them activated, for one H100 in bfloat16.
 
-Source: ours; the report's recipe (section 4.2), its 14.8T tokens mapped to 3.75B and its rates scaled to this width.
-Size: 1,006,441,984 parameters and biases, of which a token activates 196,941,312 (head included, embedding not); the
-MTP module adds 82,024,256. Training state: float32 masters and gradients with bfloat16 moments, 13 GB.
+Source: ours; the report's recipe (section 4.2), its 14.8T tokens mapped to 3.9B and its rates scaled to this width.
+V3's own head sizes, expert groups and 9 active experts; widths that are multiples of 128, as tensor cores want them.
+Size: 984,297,152 parameters and biases, of which a token activates 192,622,272 (head included, embedding not); the
+MTP module adds 134,847,552. Training state: float32 masters and gradients with bfloat16 moments, 13 GB.
 Command:
 python -m experiments.pretrain --config=configs/small_moe.py --workdir=runs/small --config.data.sources.0.files=CORPUS
 CORPUS is files, directories or globs, with commas between them (docs/data.md): the standard library, which `files=None`
-reads, is far too small for 3.75B tokens.
-Expected time and result: not measured. A token costs 1.6 GFLOP, so the run takes 5.6 hours at 30% of an H100's peak.
+reads, is far too small for 3.9B tokens.
+Expected time: a token costs 1.57 GFLOP. A step of 32 rows took 288 ms on an H100 (227,000 tokens/s, 36% of its peak,
+62 GiB; docs/benchmarks.md), so the run takes 4.8 hours. Expected result: not measured.
 """
 
 import math
@@ -40,23 +42,23 @@ def of_report(trillions: float) -> float:
 def get_config() -> Config:
     return Config(
         model=ModelConfig(
-            vocab_size=16384, dim=1024, inter_dim=3456, n_layers=13, n_dense_layers=1, norm_eps=1e-6, init_std=0.006,
-            dtype="bfloat16", remat="report",
+            vocab_size=16384, dim=1280, inter_dim=4608, n_layers=8, n_dense_layers=1, norm_eps=1e-6, init_std=0.006,
+            dtype="bfloat16", remat="report", scan_unroll=7,
             attention=AttentionConfig(
-                n_heads=16, q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
+                n_heads=8, q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                 rope_theta=10000.0, yarn=None),
             moe=MoEConfig(
                 n_routed_experts=64, n_shared_experts=1, n_activated_experts=8, n_expert_groups=8, n_limited_groups=4,
-                moe_inter_dim=384, score_func="sigmoid", selection_bias=True, norm_topk_prob=True, route_scale=2.5),
+                moe_inter_dim=512, score_func="sigmoid", selection_bias=True, norm_topk_prob=True, route_scale=2.5),
             mtp=MTPConfig(depth=1, eh_order="embedding_first", hidden="post_norm")),
         data=DataConfig(
             sources=(SourceConfig(files=None, text_field="text", weight=1.0),), validation_fraction=0.01,
             tokenizer="bpe", bpe_vocab_size=16384, split_rate=0.1, fim_rate=0.1, segment_ids=False,
             eval_bytes=2_000_000, eval_stride=1024, seed=0),
         train=TrainConfig(
-            steps=STEPS, seq_len=LENGTH, micro_batch_size=16, batch_increment=16,
+            steps=STEPS, seq_len=LENGTH, micro_batch_size=32, batch_increment=32,
             batch_size=(
-                Phase(until=of_report(0.469), start=BATCH // 4, end=BATCH, shape="linear"),
+                Phase(until=of_report(0.469), start=BATCH // 2, end=BATCH, shape="linear"),
                 Phase(until=math.inf, start=BATCH, end=BATCH, shape="constant")),
             warmup_steps=1000,
             learning_rate=(

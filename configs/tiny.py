@@ -35,7 +35,7 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             vocab_size=2048, dim=192, inter_dim=512, n_layers=4, n_dense_layers=1, norm_eps=1e-6, init_std=0.02,
-            dtype="float32", remat="report",
+            dtype="float32", remat="report", scan_unroll=1,
             attention=AttentionConfig(
                 n_heads=4, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
                 rope_theta=10000.0, yarn=None),

@@ -1,6 +1,7 @@
 """What every launcher shares: config files with overrides on the command line, and one-line errors."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,14 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         fail(error)
 
 
+def gpu_settings() -> None:
+    """What every GPU run wants from XLA, unless the environment says otherwise; docs/benchmarks.md has the reasons."""
+    flags_now = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_enable_triton_gemm" not in flags_now:
+        os.environ["XLA_FLAGS"] = f"{flags_now} --xla_gpu_enable_triton_gemm=false".strip()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """`app.run`, with `--config.FIELD=VALUE` arguments handed to `main` and a `UserError` printed on one line.
 
@@ -57,6 +66,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     from dsv3.parallel.distributed import fail_fast, initialise
     from dsv3.train.stopping import Stopped
 
+    gpu_settings()
     overrides = [argument.removeprefix(PREFIX) for argument in sys.argv[1:] if argument.startswith(PREFIX)]
     rest = [argument for argument in sys.argv if not argument.startswith(PREFIX)]
 
@@ -73,3 +83,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
     with fail_fast():
         app.run(checked, argv=rest, flags_parser=parse_flags)
+
+
+def run_command(mains: dict[str, Callable[[Sequence[str]], None]], default: str) -> None:
+    """`run` of the function that the first argument names, or of `default` where that is a flag or missing."""
+    name = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else default
+    if name not in mains:
+        fail(UserError(f"unknown command {name!r}; expected one of {', '.join(mains)}"))
+    run(mains[name])

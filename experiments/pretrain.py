@@ -16,6 +16,7 @@ from dsv3.inference.text import continue_text
 from dsv3.model.ops import reference_ops
 from dsv3.parallel.distributed import is_main
 from dsv3.parallel.mesh import on_one_device
+from dsv3.parallel.ops import make_ops
 from dsv3.train.loop import Profile, Result, train
 from experiments import launch
 from experiments.report import results_table
@@ -58,7 +59,7 @@ def main(overrides: Sequence[str]) -> None:
     workdir = Path(WORKDIR.value)
     start = time.perf_counter()
     profile = Profile(workdir / "profile") if PROFILE.value else None
-    result = train(config, workdir, reference_ops(), profile)
+    result = train(config, workdir, make_ops(config.kernels), profile)
     if not is_main():
         return
     summary = results(result, time.perf_counter() - start)

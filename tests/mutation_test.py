@@ -35,7 +35,7 @@ MUTATIONS = [
              "jax.lax.top_k(grouped_TGE, 2)[0]", "jax.lax.top_k(grouped_TGE, 1)[0]",
              "tests/model/gate_test.py::test_a_group_scores_by_its_two_best_with_a_bias_and_by_its_best_without"),
     Mutation("router in the dtype of the model", "model/gate.py",
-             "x_TD.astype(jnp.float32), w_DE.astype(jnp.float32)", "x_TD, w_DE.astype(x_TD.dtype)",
+             "dot_float32(x_TD, w_DE)", "jnp.dot(x_TD, w_DE.astype(x_TD.dtype)).astype(jnp.float32)",
              "tests/model/gate_test.py::test_the_gate_is_float32_in_a_bfloat16_model"),
     Mutation("balance loss counts padding", "model/gate.py",
              "jnp.sum(normalised_BTE * valid_BT[:, :, None], axis=1)", "jnp.sum(normalised_BTE, axis=1)",

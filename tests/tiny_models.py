@@ -33,7 +33,7 @@ def model_config(attention: dict = {}, moe: dict = {}, mtp: dict = {}, **changes
     """A V3 in miniature (two dense and three MoE layers are too many: one and two), with fields changed."""
     defaults = dict(
         vocab_size=61, dim=24, inter_dim=40, n_layers=3, n_dense_layers=1, norm_eps=1e-6, init_std=0.2,
-        dtype="float32", remat="none",
+        dtype="float32", remat="none", scan_unroll=1,
         attention=AttentionConfig(**dict(
             n_heads=3, q_lora_rank=14, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5,
             rope_theta=100.0, yarn=None) | attention),

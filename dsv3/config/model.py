@@ -120,12 +120,13 @@ class ModelConfig(Node):
     init_std: float
     dtype: Literal["float32", "bfloat16"]
     remat: Literal["none", "report", "full"]
+    scan_unroll: int
     attention: AttentionConfig
     moe: MoEConfig
     mtp: MTPConfig
 
     def validate(self) -> None:
-        for name in ("vocab_size", "dim", "inter_dim", "n_layers", "norm_eps", "init_std"):
+        for name in ("vocab_size", "dim", "inter_dim", "n_layers", "norm_eps", "init_std", "scan_unroll"):
             require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; expected a positive value")
         require(0 <= self.n_dense_layers <= self.n_layers,
                 f"model.n_dense_layers {self.n_dense_layers} is not between 0 and model.n_layers {self.n_layers}")

@@ -11,7 +11,8 @@ from dsv3.model.ops import Ops
 
 SAVED_BY_REPORT = (
     "attn.q", "attn.q_a", "attn.kv_a", "attn.core", "block.attended",
-    "mlp.gate_up", "shared.gate_up", "moe.scores", "experts.rows", "experts.gate_up", "experts.down",
+    "mlp.gate_up", "shared.gate_up", "moe.scores", "moe.routes", "moe.plan",
+    "experts.rows", "experts.gate_up", "experts.down",
 )
 """What the report's policy keeps for the backward pass: inputs and outputs of products, not RMSNorm, SwiGLU or the MLA
 up-projections, which it computes again (section 3.2.3)."""
@@ -63,5 +64,6 @@ def layer_run(config: ModelConfig, ops: Ops, *, moe: bool, length: int, name: st
         in_axes=(0, nn.broadcast),
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
+        unroll=min(config.scan_unroll, length),
     )
     return scanned(config, ops, moe, name=name)

@@ -60,17 +60,22 @@ class MoE(nn.Module):
 
         h_BTD = rms_norm(x_BTD, norm, self.config.norm_eps)
         h_TD = h_BTD.reshape(-1, d)
-        scores_TE = checkpoint_name(gate.scores(h_TD, w_gate, c), "moe.scores")
-        routes = gate.route(scores_TE, bias_E, c)
-        rows_JD, sizes_E, plan = self.ops.dispatch(h_TD, routes.topk_TK, c.n_routed_experts)
-        rows_JD = self.ops.experts(rows_JD, sizes_E, weights)
-        y_BTD = self.ops.combine(rows_JD, plan, routes.weights_TK).reshape(x_BTD.shape)
+        with jax.named_scope("router"):
+            scores_TE = checkpoint_name(gate.scores(h_TD, w_gate, c), "moe.scores")
+            routes = gate.route(scores_TE, bias_E, c)
+        with jax.named_scope("dispatch"):
+            rows_JD, sizes_E, plan = self.ops.dispatch(h_TD, routes.topk_TK, c.n_routed_experts)
+        with jax.named_scope("experts"):
+            rows_JD = self.ops.experts(rows_JD, sizes_E, weights)
+        with jax.named_scope("combine"):
+            y_BTD = self.ops.combine(rows_JD, plan, routes.weights_TK).reshape(x_BTD.shape)
         if c.n_shared_experts > 0:
             width = c.n_shared_experts * c.moe_inter_dim
             gate_up = matrix(self, "shared_gate_up", init, embed=d, hidden=2 * width)
             down = matrix(self, "shared_down", init, hidden=width, embed=d)
             y_BTD += self.ops.swiglu_linear("shared.down", self.ops.linear("shared.gate_up", h_BTD, gate_up), down)
-        stats = RouterStats(
-            gate.expert_counts(routes.topk_TK, valid_BT.reshape(-1), c.n_routed_experts),
-            gate.balance_loss(scores_TE.reshape(*valid_BT.shape, -1), valid_BT, c))
+        with jax.named_scope("router"):
+            stats = RouterStats(
+                gate.expert_counts(routes.topk_TK, valid_BT.reshape(-1), c.n_routed_experts),
+                gate.balance_loss(scores_TE.reshape(*valid_BT.shape, -1), valid_BT, c))
         return y_BTD, stats

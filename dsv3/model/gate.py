@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dsv3.config import MoEConfig
+from dsv3.kernels.dot import dot_float32
 
 
 class Routes(NamedTuple):
@@ -17,7 +19,7 @@ class Routes(NamedTuple):
 
 def scores(x_TD: jax.Array, w_DE: jax.Array, config: MoEConfig) -> jax.Array:
     """Affinity of every token for every expert, float32 whatever the model's dtype."""
-    logits_TE = jnp.dot(x_TD.astype(jnp.float32), w_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    logits_TE = dot_float32(x_TD, w_DE)
     return jax.nn.sigmoid(logits_TE) if config.score_func == "sigmoid" else jax.nn.softmax(logits_TE, axis=-1)
 
 
@@ -44,7 +46,7 @@ def route(scores_TE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> 
         selection_TE = selection_TE + bias_E[None]
     if config.n_limited_groups < config.n_expert_groups:
         selection_TE = limit_groups(selection_TE, config)
-    topk_TK = jax.lax.top_k(selection_TE, config.n_activated_experts)[1]
+    topk_TK = checkpoint_name(jax.lax.top_k(selection_TE, config.n_activated_experts)[1], "moe.routes")
     weights_TK = jnp.take_along_axis(scores_TE, topk_TK, axis=1)
     if config.norm_topk_prob:
         weights_TK /= jnp.sum(weights_TK, axis=1, keepdims=True) + 1e-20
@@ -65,6 +67,7 @@ def balance_loss(scores_BTE: jax.Array, valid_BT: jax.Array, config: MoEConfig) 
     topk_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), config.n_activated_experts)[1]
     counts_BE = jax.vmap(expert_counts, in_axes=(0, 0, None))(topk_BTK, valid_BT, config.n_routed_experts)
     length_B = jnp.maximum(jnp.sum(valid_BT, axis=1), 1)
+    counts_BE = checkpoint_name(counts_BE, "moe.routes")
     f_BE = counts_BE * (config.n_routed_experts / config.n_activated_experts) / length_B[:, None]
     normalised_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
     p_BE = jnp.sum(normalised_BTE * valid_BT[:, :, None], axis=1) / length_B[:, None]

@@ -83,9 +83,10 @@ class MLA(nn.Module):
         if cache is None:
             kv_heads, = self.ops.norm_linear(("attn.kv_b",), c_kv_BTC, kv_norm, (kv_b,), eps)
             k_nope_BTHN, v_BTHU = jnp.split(kv_heads.reshape(heads), [c.qk_nope_head_dim], axis=-1)
-            o_BTHU = self.ops.attention(
-                q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU,
-                scale=scale, segment_ids_BT=context.segment_ids_BT)
+            with jax.named_scope("attention"):
+                o_BTHU = self.ops.attention(
+                    q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU,
+                    scale=scale, segment_ids_BT=context.segment_ids_BT)
         else:
             c_kv_BTC = rms_norm(c_kv_BTC, kv_norm, eps)
             cache = _extend(cache, LatentCache(c_kv_BTC, k_rope_BTR), context.positions_BT)

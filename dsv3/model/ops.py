@@ -72,11 +72,13 @@ def swiglu_linear(site: str, gate_up: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def dispatch(x_TD: jax.Array, topk_TK: jax.Array, n_experts: int, *, row_block: int):
-    plan, sizes_E = make_plan(topk_TK, n_experts, row_block)
+    plan, sizes_E = checkpoint_name(make_plan(topk_TK, n_experts, row_block), "moe.plan")
     return checkpoint_name(permute(x_TD, plan), "experts.rows"), sizes_E, plan
 
 
-def experts(rows_JD: jax.Array, sizes_E: jax.Array, weights: ExpertWeights, *, row_block: int) -> jax.Array:
+def experts(
+    rows_JD: jax.Array, sizes_E: jax.Array, weights: ExpertWeights, *, row_block: int, grouped_dot: Callable,
+) -> jax.Array:
     gate_up_JF = checkpoint_name(grouped_dot(rows_JD, sizes_E, weights.gate_up_EDF, row_block), "experts.gate_up")
     return checkpoint_name(grouped_dot(swiglu(gate_up_JF), sizes_E, weights.down_EFD, row_block), "experts.down")
 
@@ -89,7 +91,7 @@ def reference_ops(*, row_block: int = 64, loss_chunk: int = 1024) -> Ops:
         swiglu_linear=swiglu_linear,
         attention=causal_attention,
         dispatch=partial(dispatch, row_block=row_block),
-        experts=partial(experts, row_block=row_block),
+        experts=partial(experts, row_block=row_block, grouped_dot=grouped_dot),
         combine=unpermute,
         loss=partial(cross_entropy, chunk=loss_chunk),
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import distance
 
-from dsv3.kernels.dot import dot
+from dsv3.kernels.dot import dot, dot_float32
 from dsv3.kernels.grouped_dot import grouped_dot, grouped_dot_loop
 
 RNG = np.random.default_rng(0)
@@ -52,3 +52,17 @@ def test_an_expert_of_many_bfloat16_blocks_loses_nothing(n_blocks):
     assert distance(d_w[1], np.asarray(rows, np.float64).T @ np.asarray(d_out, np.float64)) < 1e-6
     loop = grouped_dot_loop(rows.astype(jnp.float32), sizes, w, block)
     assert distance(grouped_dot(rows, sizes, w, block), loop) < 0.01
+
+
+@pytest.mark.parametrize("dtype, by_rows", [(jnp.float32, 1e-6), (jnp.bfloat16, 3e-3)])
+def test_the_routers_product_is_float32_for_any_activation(dtype, by_rows):
+    """A plain bfloat16 product would be 2e-3 off; only the gradient by rows is rounded, to the rows' own dtype."""
+    rng = np.random.default_rng(0)
+    x_TD, w_DE, d_TE = (rng.standard_normal(shape) for shape in ((50, 96), (96, 24), (50, 24)))
+    x_TD = np.asarray(jnp.asarray(x_TD, dtype), np.float64)
+    y_TE, vjp = jax.vjp(jax.jit(dot_float32), jnp.asarray(x_TD, dtype), jnp.asarray(w_DE, jnp.float32))
+    d_x_TD, d_w_DE = vjp(jnp.asarray(d_TE, jnp.float32))
+    assert y_TE.dtype == d_w_DE.dtype == jnp.float32 and d_x_TD.dtype == dtype
+    assert distance(y_TE, x_TD @ w_DE) < 1e-6
+    assert distance(d_w_DE, x_TD.T @ d_TE) < 1e-6
+    assert distance(d_x_TD, d_TE @ w_DE.T) < by_rows

@@ -52,6 +52,17 @@ def test_parameter_tree_gradients_and_loads_are_the_same_under_every_policy():
     assert {int(jnp.sum(load)) for load in results[1][1].load.values()} == {pairs, 2 * pairs}
 
 
+@pytest.mark.slow
+def test_unrolling_the_scan_changes_neither_parameters_nor_gradients():
+    """Three MoE layers one at a time, in pairs (which does not divide them), and all at once."""
+    configs = [model_config(n_layers=4, n_dense_layers=1, scan_unroll=unroll) for unroll in (1, 2, 100)]
+    batch, variables = random_batch(configs[0]), random_variables(configs[0])
+    results = [gradient(config)(variables["params"], variables["routing"], batch) for config in configs]
+    for grads, losses in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, results[0][0])
+        chex.assert_trees_all_equal(losses.load, results[0][1].load)
+
+
 def test_recomputation_saves_memory_in_the_order_of_its_policies():
     """At shapes where activations dominate, the compiled gradient's temporary memory falls from none to full."""
     sizes = {}

@@ -1,0 +1,75 @@
+"""Where the time of a step goes: device events of a profiler trace, summed by kind of operation."""
+
+import re
+from pathlib import Path
+
+from jax.profiler import ProfileData
+
+IDLE = "idle"
+RULES = (
+    ("attention", r"/attention/.*(dot_product_attention|dot_general)", r"sdpa|fmha|cudnn::fusion"),
+    ("grouped products", r"/experts/.*(mpmd_map|dot_general)", r"mosaic_gpu"),
+    ("head and loss", r"_head_loss", None),
+    ("router, dispatch and combine", r"/(router|dispatch|combine)/", None),
+    ("dense products", r"dot_general", r"nvjet|cutlass|gemm|xmma"),
+    ("norms and elementwise", r"Transformer", None),
+    ("optimizer", r"", None),
+)
+"""(kind, pattern of the operation's name in the program, pattern of the kernel's name): the first that matches."""
+
+
+def operation_names(program: str) -> dict[str, str]:
+    """The name that every instruction of a compiled program (`compiled.as_text()`) had where it was written."""
+    pattern = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', re.MULTILINE)
+    return dict(pattern.findall(program))
+
+
+def kind_of(kernel: str, operation: str) -> str:
+    """One of the kinds in `RULES`, attention split in two: programs put `transpose(` around what is backward."""
+    for kind, operation_pattern, kernel_pattern in RULES:
+        if re.search(operation_pattern, operation) or (kernel_pattern and re.search(kernel_pattern, kernel)):
+            direction = " backward" if "transpose(" in operation else " forward"
+            return kind + direction if kind == "attention" else kind
+    raise AssertionError("the last rule matches everything")
+
+
+def busy_time(intervals: list[tuple[float, float]]) -> float:
+    """Length of the union of (start, end) intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def program_events(trace: ProfileData, module: str) -> list[tuple[str, str, float, float]]:
+    """(kernel, instruction, start, end) in nanoseconds of everything that the program `module` ran."""
+    found = []
+    for plane in trace.planes:
+        for line in plane.lines:
+            for event in line.events:
+                stats = dict(event.stats)
+                if stats.get("hlo_module") == module:
+                    found.append((event.name, str(stats.get("hlo_op", "")), event.start_ns, event.end_ns))
+    return found
+
+
+def breakdown(directory: str, program: str, steps: int) -> dict[str, float]:
+    """Seconds a step by kind, longest first, from the trace under `directory` of `steps` runs of a compiled program.
+
+    The program must have been compiled without command buffers: inside one, kernels carry no operation's name. `idle`
+    is the time from the first event to the last in which nothing ran. Kinds that overlap count in full each.
+    """
+    paths = sorted(Path(directory).rglob("*.xplane.pb"))
+    assert paths, f"no trace under {directory}"
+    module = re.match(r"HloModule ([\w.\-]+)", program)[1]
+    events = program_events(ProfileData.from_file(str(paths[-1])), module)
+    assert events, f"no events of {module} in {paths[-1]}"
+    names = operation_names(program)
+    totals: dict[str, float] = {}
+    for kernel, instruction, start, end in events:
+        kind = kind_of(kernel, names.get(instruction, ""))
+        totals[kind] = totals.get(kind, 0.0) + (end - start)
+    spans = [(start, end) for _, _, start, end in events]
+    totals[IDLE] = max(end for _, end in spans) - min(start for start, _ in spans) - busy_time(spans)
+    return {kind: 1e-9 * time / steps for kind, time in sorted(totals.items(), key=lambda item: -item[1])}

@@ -1,0 +1,83 @@
+"""The choice of kernels: by device, by shape, or refused in one line."""
+
+from types import SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import model_config, random_batch, random_variables
+
+from dsv3.config import UserError
+from dsv3.model.ops import ExpertWeights, reference_ops
+from dsv3.model.transformer import Transformer
+from dsv3.parallel import ops
+
+H100 = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
+
+
+def on_h100(monkeypatch):
+    monkeypatch.setattr(ops.jax, "devices", lambda: [H100])
+
+
+def test_an_unknown_name_is_a_users_mistake():
+    with pytest.raises(UserError, match="'fast'; expected one of auto, reference, require"):
+        ops.make_ops("fast")
+
+
+def test_a_cpu_gets_the_reference_and_cannot_be_required_to_do_more():
+    assert ops.make_ops("auto").attention is ops.make_ops("reference").attention is ops.causal_attention
+    with pytest.raises(UserError, match="kernels=require needs a Hopper GPU .* cpu; use"):
+        ops.make_ops("require")
+
+
+@pytest.mark.parametrize("changes, hopper", [
+    ({}, True), ({"compute_capability": "8.0"}, False), ({"compute_capability": "10.0"}, False),
+    ({"platform": "cpu"}, False)])
+def test_hopper_is_compute_capability_9_0(changes, hopper):
+    assert ops.is_hopper(SimpleNamespace(**(vars(H100) | changes))) == hopper
+
+
+def test_refused_shapes_take_the_reference_and_warn_once_each(monkeypatch):
+    """A miniature in float32 on a pretended H100: neither kernel accepts it, so the losses are the reference's."""
+    on_h100(monkeypatch)
+    warnings = []
+    monkeypatch.setattr(ops.logging, "warning", lambda message, *values: warnings.append(message % values))
+    bundle, config = ops.make_ops("auto"), model_config()
+    monkeypatch.undo()
+    monkeypatch.setattr(ops.logging, "warning", lambda message, *values: warnings.append(message % values))
+    variables, batch = random_variables(config), random_batch(config)
+    losses = [jax.jit(Transformer(config, chosen).apply)(variables, batch) for chosen in (bundle, reference_ops())]
+    chex.assert_trees_all_close(*losses, rtol=1e-4)
+    assert len(warnings) == 2 and len(set(warnings)) == 2
+    assert all("falling back" in line and "float32" in line for line in warnings)
+
+
+def test_require_refuses_shapes_in_one_line(monkeypatch):
+    on_h100(monkeypatch)
+    bundle = ops.make_ops("require")
+    rows_JD = jnp.zeros((256, 192), jnp.bfloat16)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="experts of 192 x 512: both must be multiples of 128"):
+        jax.eval_shape(bundle.experts, rows_JD, jnp.array([1, 2]), ops_weights(192))
+    head = np.zeros((1, 8, 2, 96), np.float32)
+    with pytest.raises(UserError, match="attention in float32"):
+        bundle.attention(head, head, head, head[:, :, 0], head, scale=1.0, segment_ids_BT=None)
+
+
+def ops_weights(n_in):
+    return ExpertWeights(jnp.zeros((2, n_in, 512)), jnp.zeros((2, 256, n_in)))
+
+
+def test_accepted_shapes_reach_the_kernels(monkeypatch):
+    on_h100(monkeypatch)
+    bundle = ops.make_ops("require")
+    monkeypatch.undo()
+    heads = [jnp.zeros((1, 8, 2, n), jnp.bfloat16) for n in (128, 64, 128, 64, 128)]
+    heads[3] = heads[3][:, :, 0]
+    attend = jax.jit(lambda *a: bundle.attention(*a, scale=1.0, segment_ids_BT=None)).trace(*heads)
+    assert "__cudnn$fmha" in attend.lower(lowering_platforms=("cuda",)).as_text()
+    rows_JD = jnp.zeros((256, 256), jnp.bfloat16)
+    experts = jax.jit(bundle.experts).trace(rows_JD, jnp.array([1, 2], jnp.int32), ops_weights(256))
+    assert experts.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 2
