@@ -70,10 +70,10 @@ def main(overrides: Sequence[str]) -> None:
     require(not overrides, "the default benchmark has fixed shapes; --config fields belong to `benchmark step`")
     jax.config.update("jax_enable_compilation_cache", False)
     kind = jax.devices()[0].device_kind
-    matmul_seconds = 2 * MATMUL_SIZE ** 3 / measured_matmul_flops(MATMUL_SIZE)
     rows, measured = [], {}
     for n_layers, mtp_depth in SHAPES:
         config = benchmark_config(n_layers, mtp_depth)
+        matmul_seconds = 2 * MATMUL_SIZE ** 3 / measured_matmul_flops(MATMUL_SIZE)
         row, _ = measure(prepare(config, reference_ops()), REPEATS.value)
         measured[f"{n_layers} layers, MTP {mtp_depth}"] = ratios(row, matmul_seconds)
         rows.append({"layers": n_layers, "mtp": mtp_depth, **row})
