@@ -81,12 +81,13 @@ def measure(bench: Bench, repeats: int) -> tuple[dict, Bench]:
         times.append(time.perf_counter() - start)
     times, tokens = sorted(times[WARM_UP:]), bench.batches.tokens_BT.size
     seconds, config = statistics.median(times), bench.config
+    flops, peak = train_flops_per_token(config.model, config.train.seq_len), peak_flops() * config.mesh.data
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "step_seconds": seconds, "fastest_seconds": times[0], "slowest_seconds": times[-1],
         "compile_seconds": compile_seconds, "program_lines": len(bench.lowered.as_text().splitlines()),
         "tokens": tokens, "tokens_per_second": tokens / seconds,
-        "mfu": train_flops_per_token(config.model, config.train.seq_len) * tokens / seconds / (peak_flops() * config.mesh.data),
+        "mfu": flops * tokens / seconds / peak,
         "peak_gib": memory.get("peak_bytes_in_use", 0) / 2 ** 30, "final_loss": float(metrics.loss),
     }, bench
 

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from absl import app, flags, logging
 
@@ -13,8 +14,8 @@ from dsv3.config import Config, UserError, override, require
 PREFIX = "--config."
 
 
-def load_config(path: str, overrides: Sequence[str]) -> Config:
-    """`get_config()` of the Python file at `path`, with overrides written `train.steps=200`."""
+def load_module(path: str) -> ModuleType:
+    """The Python file of an experiment."""
     require(Path(path).is_file(), f"--config={path} is not a file; try --config=configs/tiny.py")
     spec = importlib.util.spec_from_file_location("experiment_config", path)
     require(spec is not None, f"--config={path} is not a Python file")
@@ -23,6 +24,12 @@ def load_config(path: str, overrides: Sequence[str]) -> Config:
         spec.loader.exec_module(module)
     except (SyntaxError, ImportError) as error:
         raise UserError(f"--config={path} cannot be loaded: {error}") from error
+    return module
+
+
+def load_config(path: str, overrides: Sequence[str]) -> Config:
+    """`get_config()` of the Python file at `path`, with overrides written `train.steps=200`."""
+    module = load_module(path)
     require(hasattr(module, "get_config"), f"--config={path} defines no get_config()")
     config = module.get_config()
     require(isinstance(config, Config), f"get_config() of --config={path} returned {type(config).__name__}, not Config")

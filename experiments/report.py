@@ -29,3 +29,18 @@ def cleaning_table(report: dict) -> str:
         lines.append(f"  {name:<16}{row['documents']:>11,}{documents:>8.1%}{row['bytes'] / 1e6:>11,.1f}{size:>8.1%}"
                      f"  {example}".rstrip())
     return "\n".join(lines)
+
+
+def ablation_table(figures: dict[str, list[dict]]) -> str:
+    """A row a variant: every figure as the mean over seeds, and half the range between them."""
+    columns = {"loss": "loss", "validation_bits_per_byte": "bits/byte", "max_vio": "MaxVio",
+               "max_vio_worst_layer": "worst layer", "validation_max_vio": "validation", "mtp_agreement": "MTP agrees"}
+    width = max(map(len, figures))
+    lines = [" " * width + "".join(f"{title:>17}" for title in columns.values())]
+    for name, seeds in figures.items():
+        cells = []
+        for column in columns:
+            values = [seed[column] for seed in seeds]
+            cells.append(f"{sum(values) / len(values):.3f} ± {(max(values) - min(values)) / 2:.3f}")
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(lines)

@@ -63,3 +63,24 @@ def plot_expert_load(records: Sequence[dict[str, Any]], path: Path, columns: int
     panels[-1].set_xlabel("step")
     figure.colorbar(image, ax=panels.tolist(), label="load / mean load")
     figure.savefig(path, dpi=120)
+
+
+def plot_comparison(runs: dict[str, Sequence[Sequence[dict[str, Any]]]], path: Path) -> None:
+    """Loss relative to the first variant's, and MaxVio (mean over layers), of every seed of every variant."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps_of = lambda records: [record for record in records if "loss" in record]
+    baselines = [smoothed([r["loss"] for r in steps_of(records)]) for records in next(iter(runs.values()))]
+    for color, (name, seeds) in enumerate(runs.items()):
+        for index, (records, baseline) in enumerate(zip(seeds, baselines, strict=True)):
+            steps = steps_of(records)
+            tokens = [record["tokens"] / 1e6 for record in steps]
+            label = name if index == 0 else None
+            left.plot(tokens, smoothed([r["loss"] for r in steps]) - baseline, color=f"C{color}", label=label)
+            right.plot(tokens, smoothed([np.mean(r["max_vio"]) for r in steps]), color=f"C{color}", label=label)
+    left.set(xlabel="million tokens", title="Loss", ylabel=f"loss minus that of \"{next(iter(runs))}\", same seed (nats)")
+    right.set(xlabel="million tokens", ylabel="MaxVio, mean over layers", title="Load balance", yscale="log")
+    left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
