@@ -38,17 +38,18 @@ def share_data(shared: Path, run: Path) -> None:
 
 
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of one run: losses and MaxVio (mean and worst layer) averaged over its last steps, and of validation."""
+    """Of one run, over its last steps: losses, and MaxVio of the trunk (mean over layers, worst layer); and validation."""
     steps = [record for record in records if "loss" in record]
     last = steps[-max(1, int(LAST * len(steps))):]
     validation = [record for record in records if "validation_bits_per_byte" in record][-1]
-    vio_SL = np.array([record["max_vio"] for record in last])
+    trunk = len(last[0]["max_vio"]) - len(last[0]["mtp_loss"])
+    vio_SL = np.array([record["max_vio"][:trunk] for record in last])
     return {
         "loss": float(np.mean([record["loss"] for record in last])),
         "mtp_loss": float(np.mean([record["mtp_loss"] for record in last])),
         "validation_bits_per_byte": validation["validation_bits_per_byte"],
         "max_vio": float(vio_SL.mean()), "max_vio_worst_layer": float(vio_SL.mean(axis=0).max()),
-        "validation_max_vio": float(np.mean(validation["validation_max_vio"])),
+        "validation_max_vio": float(np.mean(validation["validation_max_vio"][:trunk])),
         "mtp_agreement": validation["validation_mtp_agreement"][0] if validation["validation_mtp_agreement"] else 0.0,
         "tokens": steps[-1]["tokens"],
     }

@@ -49,6 +49,11 @@ class Profile(NamedTuple):
     skip: int = 10
     steps: int = 3
 
+    def of(self, first: int, end: int) -> range:
+        """The steps to trace of those from `first` up to `end`: fewer are skipped where there are few."""
+        start = min(first + self.skip, max(first, end - self.steps))
+        return range(start, min(start + self.steps, end))
+
 
 class Result(NamedTuple):
     """What `train` returns: the final state, its validation, the data that it read, and the speed of its steps."""
@@ -70,7 +75,8 @@ def open_workdir(workdir: Path) -> None:
 
 def open_data(config: Config, workdir: Path) -> Prepared:
     """The prepared data of a run. Process 0 builds what is missing; the others wait for it."""
-    load = lambda: prepare(config.data, config.train.seq_len, workdir / "data")
+    directory = (workdir / "data").resolve()  # may be a link to data that several runs share
+    load = lambda: prepare(config.data, config.train.seq_len, directory)
     prepared = load() if is_main() else None
     barrier("data prepared", timeout_s=24 * 3600)
     prepared = prepared or load()
@@ -175,7 +181,7 @@ class _Run:
         """Run all remaining steps."""
         train, loader = self.config.train, self.loader(progress)
         first = int(state.step)
-        tracing = (range(first + profile.skip, first + profile.skip + profile.steps) if profile else range(0))
+        tracing = profile.of(first, train.steps) if profile else range(0)
         with tqdm(total=train.steps, initial=first, unit="step", disable=None if is_main() else True,
                   dynamic_ncols=True) as bar:
             for step in range(first, train.steps):
@@ -184,7 +190,7 @@ class _Run:
                     jax.profiler.start_trace(profile.directory)
                 state, progress = self.one_step(state, loader, step, progress)
                 done = step + 1
-                if tracing and done == min(tracing.stop, train.steps) > tracing.start:
+                if tracing and done == tracing.stop:
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
                 last, stopping = done == train.steps, stop.reached()

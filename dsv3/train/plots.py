@@ -78,7 +78,8 @@ def plot_comparison(runs: dict[str, Sequence[Sequence[dict[str, Any]]]], path: P
             label = name if index == 0 else None
             left.plot(tokens, smoothed([r["loss"] for r in steps]) - baseline, color=f"C{color}", label=label)
             right.plot(tokens, smoothed([np.mean(r["max_vio"]) for r in steps]), color=f"C{color}", label=label)
-    left.set(xlabel="million tokens", title="Loss", ylabel=f"loss minus that of \"{next(iter(runs))}\", same seed (nats)")
+    left.set(xlabel="million tokens", title="Loss",
+             ylabel=f"loss minus that of \"{next(iter(runs))}\", same seed (nats)")
     right.set(xlabel="million tokens", ylabel="MaxVio, mean over layers", title="Load balance", yscale="log")
     left.legend()
     for axes in (left, right):
