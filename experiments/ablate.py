@@ -38,7 +38,7 @@ def share_data(shared: Path, run: Path) -> None:
 
 
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of one run, over its last steps: losses, and MaxVio of the trunk (mean over layers, worst layer); and validation."""
+    """Of one run: losses and the trunk's MaxVio (mean and worst layer) over its last steps, and its validation."""
     steps = [record for record in records if "loss" in record]
     last = steps[-max(1, int(LAST * len(steps))):]
     validation = [record for record in records if "validation_bits_per_byte" in record][-1]
