@@ -37,7 +37,7 @@ from dsv3.train.validation import Validation, make_validation
 
 MAY_CHANGE = (
     "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.guard", "train.micro_batch_size", "mesh", "kernels", "model.remat", "model.scan_unroll",
+    "train.guard", "train.ema.every", "train.ema.decay", "train.micro_batch_size", "mesh", "kernels", "model.remat", "model.scan_unroll",
 )
 """Fields that a continued run may set anew: none of them changes what a step computes, but for rounding."""
 
