@@ -20,7 +20,7 @@ from dsv3.model.transformer import Transformer
 from dsv3.parallel.mesh import BATCH, make_mesh, place_global
 from dsv3.parallel.ops import make_ops
 from dsv3.train.profile import breakdown
-from dsv3.train.step import Knobs, StepMetrics, TrainState, init_state, make_train_step
+from dsv3.train.step import Knobs, StepMetrics, TrainState, make_init, make_recipe, make_train_step
 from dsv3.train.throughput import peak_flops
 from experiments import launch
 
@@ -63,9 +63,10 @@ class Bench(NamedTuple):
 def prepare(config: Config, ops: Ops) -> Bench:
     model = Transformer(config.model, ops)
     mesh = make_mesh(config.mesh)
-    state = init_state(model, config.train, mesh)
-    batches, knobs = place_global(mesh, random_batches(config), BATCH), Knobs(*map(np.float32, (1e-3, 1e-3, 0.3)))
-    lowered = make_train_step(model, config.train, False, mesh).lower(state, batches, knobs)
+    recipe = make_recipe(model, config.train, False, mesh)
+    state, knobs = make_init(recipe)(config.train.seed), Knobs(*map(np.float32, (1e-3, 1e-3, 0.3, 1e-4)))
+    batches = place_global(mesh, random_batches(config), BATCH)
+    lowered = make_train_step(recipe).lower(state, batches, knobs)
     return Bench(config, lowered, state, batches, knobs)
 
 

@@ -9,7 +9,7 @@ from dsv3.model.ops import reference_ops
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.mesh import make_mesh, on_one_device
 from dsv3.train.checkpoint import Checkpoints, open_run
-from dsv3.train.step import abstract_state
+from dsv3.train.step import abstract_state, make_recipe
 
 
 class Run(NamedTuple):
@@ -28,6 +28,6 @@ def load_run(workdir: Path, *, ema: bool = False) -> Run:
     with Checkpoints(open_run(workdir)) as checkpoints:
         config = checkpoints.describe().config
         model = Transformer(config.model, reference_ops())
-        abstract = abstract_state(model, config.train, make_mesh(MeshConfig(data=1)))
-        variables, description = checkpoints.restore_variables(abstract, ema=ema)
+        recipe = make_recipe(model, config.train, config.data.segment_ids, make_mesh(MeshConfig(data=1)))
+        variables, description = checkpoints.restore_variables(abstract_state(recipe), ema=ema)
     return Run(description.config, Tokenizer.from_json(description.tokenizer), on_one_device(variables))

@@ -24,7 +24,7 @@ from dsv3.model.ops import reference_ops
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.mesh import make_mesh
 from dsv3.train.optimizer import adamw
-from dsv3.train.step import BadSteps, TrainState
+from dsv3.train.step import BadSteps, Recipe, TrainState, make_recipe
 
 YARN = YarnConfig(factor=40.0, original_seq_len=16, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
 
@@ -60,6 +60,10 @@ def train_config(optimizer: dict = {}, guard: dict = {}, **changes) -> TrainConf
 
 def mesh_of(n_devices: int = 1):
     return make_mesh(MeshConfig(data=n_devices))
+
+
+def recipe_of(model, train: TrainConfig, n_devices: int = 1) -> Recipe:
+    return make_recipe(model, train, False, mesh_of(n_devices))
 
 
 def train_state(variables: dict, train: TrainConfig) -> TrainState:

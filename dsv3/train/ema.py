@@ -1,5 +1,6 @@
 """Exponential moving average of the weights, kept on the host beside training (report section 3.2.3)."""
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import chex
@@ -8,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3.config import EMAConfig
+
+PIECE = 1 << 20
+"""Elements that a worker blends at a time: 4 MB."""
 
 
 class HostEMA:
@@ -24,12 +28,14 @@ class HostEMA:
         self._average.set_result(average)
         self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")
+        self._workers = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="ema_worker")
 
     def __enter__(self) -> "HostEMA":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._thread.shutdown()
+        self._workers.shutdown()
 
     def update(self, params: chex.ArrayTree, step: int) -> None:
         """Take the weights after `step` steps into account, if that step is due."""
@@ -43,9 +49,21 @@ class HostEMA:
         return self._average.result()
 
     def _blend(self, average: chex.ArrayTree, copy: chex.ArrayTree) -> chex.ArrayTree:
-        # New arrays, not in place: a checkpoint may still be writing the old ones.
+        """A new tree, not in place (a checkpoint may still be writing the old one), in pieces on all cores."""
+        weights = jax.tree.map(np.asarray, copy)
+        new = jax.tree.map(lambda old: np.empty(old.shape, np.float32), average)
+        flat = [[leaf.reshape(-1) for leaf in jax.tree.leaves(tree)] for tree in (average, weights, new)]
+        pieces = [(leaf, slice(start, start + PIECE)) for leaf, array in enumerate(flat[0])
+                  for start in range(0, array.size, PIECE)]
         decay, rest = np.float32(self._config.decay), np.float32(1 - self._config.decay)
-        return jax.tree.map(lambda old, new: decay * old + rest * np.asarray(new), average, copy)
+
+        def blend(piece: tuple[int, slice]) -> None:
+            old, weight, out = (arrays[piece[0]][piece[1]] for arrays in flat)
+            np.multiply(old, decay, out=out)
+            out += rest * weight
+
+        list(self._workers.map(blend, pieces))
+        return new
 
 
 def initial_average(params: chex.ArrayTree) -> chex.ArrayTree:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from dsv3.config import Config, UserError, differences, require, to_dict
@@ -30,14 +29,15 @@ from dsv3.train.ema import HostEMA, initial_average
 from dsv3.train.metrics import MetricsWriter, read_metrics, step_record
 from dsv3.train.plots import plot_expert_load, plot_loss
 from dsv3.train.spikes import SpikeDetector
-from dsv3.train.step import Knobs, TrainState, abstract_state, init_state, make_train_step
+from dsv3.train.step import Knobs, Recipe, TrainState, abstract_state, make_init, make_recipe, make_train_step
 from dsv3.train.stopping import Stopped, StopRequest
 from dsv3.train.throughput import Timer, peak_flops
 from dsv3.train.validation import Validation, make_validation
 
 MAY_CHANGE = (
     "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.guard", "train.ema.every", "train.ema.decay", "train.micro_batch_size", "mesh", "kernels", "model.remat", "model.scan_unroll",
+    "train.guard", "train.ema.every", "train.ema.decay", "train.micro_batch_size", "mesh", "kernels", "model.remat",
+    "model.scan_unroll",
 )
 """Fields that a continued run may set anew: none of them changes what a step computes, but for rounding."""
 
@@ -102,7 +102,8 @@ def knobs_at(config: Config, step: int, tokens: int) -> Knobs:
     return Knobs(*(np.float32(value) for value in (
         schedule.learning_rate(train, step, tokens),
         schedule.value(train.bias_update_speed, tokens),
-        schedule.value(train.mtp_lambda, tokens))))
+        schedule.value(train.mtp_lambda, tokens),
+        train.balance_alpha)))
 
 
 def train(config: Config, workdir: Path, ops: Ops, profile: Profile | None = None) -> Result:
@@ -115,16 +116,16 @@ def train(config: Config, workdir: Path, ops: Ops, profile: Profile | None = Non
     mesh = make_mesh(config.mesh)
     open_workdir(workdir)
     prepared = open_data(config, workdir)
-    model = Transformer(config.model, ops)
+    recipe = make_recipe(Transformer(config.model, ops), config.train, config.data.segment_ids, mesh)
     check = lambda description: check_same_run(workdir, config, prepared.manifest["files"], description)
     with Checkpoints(workdir, keep=config.train.keep_checkpoints) as checkpoints, contextlib.ExitStack() as stack:
-        start = _start(config, model, mesh, checkpoints, check)
+        start = _start(config, recipe, checkpoints, check)
         step = int(start.state.step)
         ema = start.ema and stack.enter_context(HostEMA(config.train.ema, start.ema))
         writer = stack.enter_context(MetricsWriter(workdir, step)) if is_main() else None
         if writer:
             (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        run = _Run(config, model, mesh, prepared, checkpoints, ema, writer)
+        run = _Run(config, recipe, prepared, checkpoints, ema, writer)
         run.spikes_so_far(read_metrics(workdir / "metrics.jsonl"))
         with StopRequest(mesh) as stop:
             state = run.steps(start.state, start.progress, stop, profile)
@@ -136,27 +137,27 @@ def train(config: Config, workdir: Path, ops: Ops, profile: Profile | None = Non
     return Result(state, validation, prepared, run.timer.tokens_per_second())
 
 
-def _start(config, model, mesh, checkpoints, check) -> Checkpoint:
+def _start(config: Config, recipe: Recipe, checkpoints: Checkpoints, check) -> Checkpoint:
     """The newest good checkpoint, or step 0."""
     keeps_ema = config.train.ema is not None
-    restored = checkpoints.restore(abstract_state(model, config.train, mesh), check, ema=keeps_ema)
+    restored = checkpoints.restore(abstract_state(recipe), check, ema=keeps_ema)
     if restored is not None:
         return restored[0]
-    state = init_state(model, config.train, mesh)
+    state = make_init(recipe)(config.train.seed)
     return Checkpoint(state, initial_average(state.params) if keeps_ema else None, Progress(tokens=0, rows=0))
 
 
 class _Run:
     """The parts of a run that every step touches."""
 
-    def __init__(self, config: Config, model: Transformer, mesh: Mesh, prepared: Prepared,
+    def __init__(self, config: Config, recipe: Recipe, prepared: Prepared,
                  checkpoints: Checkpoints, ema: HostEMA | None, writer: MetricsWriter | None) -> None:
-        self.config, self.model, self.mesh, self.prepared = config, model, mesh, prepared
+        self.config, self.model, self.mesh, self.prepared = config, recipe.model, recipe.mesh, prepared
         self.checkpoints, self.ema, self.writer = checkpoints, ema, writer
-        self.validate = make_validation(model, config, prepared, mesh)
-        self.train_step = make_train_step(model, config.train, config.data.segment_ids, mesh)
+        self.validate = make_validation(recipe.model, config, prepared, recipe.mesh)
+        self.train_step = make_train_step(recipe)
         self.flops_per_token = train_flops_per_token(config.model, config.train.seq_len)
-        self.peak_flops = peak_flops() * mesh.size
+        self.peak_flops = peak_flops() * recipe.mesh.size
         self.spikes = SpikeDetector(config.train.guard)
         self.timer = Timer()
         self.pending: list[tuple[dict[str, Any], Any]] = []

@@ -1,7 +1,7 @@
 """One training step: gradients summed over micro-batches and devices, one AdamW update, one routing-bias update."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import chex
@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dsv3.config import TrainConfig
+from dsv3.config import OptimizerConfig, TrainConfig
 from dsv3.model.batch import Batch
 from dsv3.model.transformer import Losses, Transformer
 from dsv3.parallel import mesh as meshes
@@ -43,6 +43,7 @@ class Knobs(NamedTuple):
     learning_rate: jax.Array
     bias_update_speed: jax.Array
     mtp_lambda: jax.Array
+    balance_alpha: jax.Array
 
 
 class StepMetrics(NamedTuple):
@@ -61,53 +62,63 @@ class StepMetrics(NamedTuple):
     bad_steps: BadSteps
 
 
-def _initial_state(model: Transformer, train: TrainConfig) -> TrainState:
-    """Step 0 from `train.seed`; the parameters still carry the names of their axes."""
-    example = Batch(*(jnp.zeros((1, train.seq_len), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32)))
-    variables = model.init(jax.random.key(train.seed), example)
-    params = variables["params"]
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(
-        zero, params, variables.get("routing", {}), adamw(train.optimizer).init(nn.unbox(params)), BadSteps(zero, zero))
+class Recipe(NamedTuple):
+    """What a compiled step depends on. Runs that differ in schedules or seeds alone share one program."""
 
+    model: Transformer
+    optimizer: OptimizerConfig
+    seq_len: int
+    segment_mask: bool
+    mesh: Mesh
 
-def state_specs(model: Transformer, train: TrainConfig, mesh: Mesh) -> TrainState:
-    """Where everything lives: a `PartitionSpec` for every array of the state.
+    def initial_state(self, seed: jax.Array | int = 0) -> TrainState:
+        """Step 0; the parameters still carry the names of their axes."""
+        dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32)
+        variables = self.model.init(jax.random.key(seed), Batch(*(jnp.zeros((1, self.seq_len), d) for d in dtypes)))
+        params, zero = variables["params"], jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, variables.get("routing", {}), adamw(self.optimizer).init(nn.unbox(params)),
+                          BadSteps(zero, zero))
 
-    Parameters by the rules table; both moments like their parameter and divided over `data` besides (ZeRO-1).
-    """
-    boxed = jax.eval_shape(lambda: _initial_state(model, train))
-    params = meshes.parameter_specs(boxed.params)
-    zero = zero_specs(params, nn.unbox(boxed.params), mesh)
-    structure = jax.tree.structure(zero, is_leaf=_is_spec)
-    same = lambda tree: jax.tree.structure(tree) == structure
-    opt_state = jax.tree.map(
-        lambda part: zero if same(part) else jax.tree.map(lambda _: P(), part), boxed.opt_state, is_leaf=same)
-    replicated = lambda tree: jax.tree.map(lambda _: P(), tree)
-    return TrainState(P(), params, replicated(boxed.routing), opt_state, replicated(boxed.bad_steps))
+    def specs(self) -> TrainState:
+        """Where everything lives: a `PartitionSpec` for every array of the state.
+
+        Parameters by the rules table; both moments like their parameter and divided over `data` besides (ZeRO-1).
+        """
+        boxed = jax.eval_shape(self.initial_state)
+        params = meshes.parameter_specs(boxed.params)
+        zero = self.zero_specs(params, nn.unbox(boxed.params))
+        structure = jax.tree.structure(zero, is_leaf=_is_spec)
+        same = lambda tree: jax.tree.structure(tree) == structure
+        replicated = lambda tree: jax.tree.map(lambda _: P(), tree)
+        opt_state = jax.tree.map(lambda part: zero if same(part) else P(), boxed.opt_state, is_leaf=same)
+        return TrainState(P(), params, replicated(boxed.routing), opt_state, replicated(boxed.bad_steps))
+
+    def zero_specs(self, specs: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
+        """Specs of what ZeRO-1 divides, gradients and moments, from those of the parameters."""
+        size = self.mesh.shape[meshes.DATA]
+        return jax.tree.map(lambda spec, p: meshes.zero_spec(spec, p.shape, size), specs, params, is_leaf=_is_spec)
 
 
 def _is_spec(leaf: object) -> bool:
     return isinstance(leaf, P)
 
 
-def zero_specs(specs: chex.ArrayTree, params: chex.ArrayTree, mesh: Mesh) -> chex.ArrayTree:
-    """Specs of what ZeRO-1 divides: gradients and moments."""
-    return jax.tree.map(lambda spec, p: meshes.zero_spec(spec, p.shape, mesh.shape[meshes.DATA]), specs, params,
-                        is_leaf=_is_spec)
+def make_recipe(model: Transformer, train: TrainConfig, segment_mask: bool, mesh: Mesh) -> Recipe:
+    return Recipe(model, train.optimizer, train.seq_len, segment_mask, mesh)
 
 
-def abstract_state(model: Transformer, train: TrainConfig, mesh: Mesh) -> TrainState:
+def abstract_state(recipe: Recipe) -> TrainState:
     """Shapes, dtypes and shardings of the state, without computing anything."""
-    shapes = jax.eval_shape(lambda: nn.unbox(_initial_state(model, train)))
+    shapes = jax.eval_shape(lambda: nn.unbox(recipe.initial_state()))
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                        shapes, meshes.shardings(mesh, state_specs(model, train, mesh)))
+                        shapes, meshes.shardings(recipe.mesh, recipe.specs()))
 
 
-def init_state(model: Transformer, train: TrainConfig, mesh: Mesh) -> TrainState:
-    """Step 0 from `train.seed`, born where it lives."""
-    placement = meshes.shardings(mesh, state_specs(model, train, mesh))
-    return jax.jit(lambda: nn.unbox(_initial_state(model, train)), out_shardings=placement)()
+@lru_cache(maxsize=4)
+def make_init(recipe: Recipe) -> Callable[[int], TrainState]:
+    """A jitted function from a seed to step 0, born where it lives."""
+    placement = meshes.shardings(recipe.mesh, recipe.specs())
+    return jax.jit(lambda seed: nn.unbox(recipe.initial_state(seed)), out_shardings=placement)
 
 
 def mean_losses(losses: Losses, tokens: jax.Array, sequences: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -116,7 +127,7 @@ def mean_losses(losses: Losses, tokens: jax.Array, sequences: jax.Array) -> tupl
 
 
 def make_gradients(
-    model: Transformer, train: TrainConfig, segment_mask: bool, mesh: Mesh,
+    recipe: Recipe,
 ) -> Callable[[chex.ArrayTree, chex.ArrayTree, Batch, Knobs], tuple[chex.ArrayTree, Losses]]:
     """(params, routing, batches [M, B, T], knobs) -> gradients and summed `Losses` of the global batch.
 
@@ -125,15 +136,14 @@ def make_gradients(
     normalised by the token count of the whole global batch: however rows and padding are spread over micro-batches and
     devices, the gradient is the same.
     """
-    specs = state_specs(model, train, mesh).params
-    params_shape = nn.unbox(jax.eval_shape(lambda: _initial_state(model, train)).params)
-    reduced = zero_specs(specs, params_shape, mesh)
+    model, mesh, specs = recipe.model, recipe.mesh, recipe.specs().params
+    reduced = recipe.zero_specs(specs, abstract_state(recipe).params)
 
     def objective(params, routing, batch, knobs, tokens, sequences):
-        losses = model.apply({"params": params, "routing": routing}, batch, segment_mask)
+        losses = model.apply({"params": params, "routing": routing}, batch, recipe.segment_mask)
         main, mtp_D, balance = mean_losses(losses, tokens, sequences)
         mtp = jnp.sum(mtp_D) / max(len(mtp_D), 1)
-        return main + knobs.mtp_lambda * mtp + train.balance_alpha * balance, losses
+        return main + knobs.mtp_lambda * mtp + knobs.balance_alpha * balance, losses
 
     def reduce(gradient, spec):
         axis = meshes.zero_axis(spec, gradient.shape, mesh.shape[meshes.DATA])
@@ -167,18 +177,17 @@ def counts(batches: Batch) -> tuple[jax.Array, jax.Array]:
     return tuple(jnp.maximum(jax.lax.psum(count, meshes.DATA), 1) for count in (tokens, sequences))
 
 
-def make_train_step(
-    model: Transformer, train: TrainConfig, segment_mask: bool, mesh: Mesh,
-) -> Callable[[TrainState, Batch, Knobs], tuple[TrainState, StepMetrics]]:
+@lru_cache(maxsize=4)
+def make_train_step(recipe: Recipe) -> Callable[[TrainState, Batch, Knobs], tuple[TrainState, StepMetrics]]:
     """A jitted step over micro-batches stacked on axis 0 (arrays [M, B, T]). The state's buffers are donated.
 
     Expert loads are summed over the global batch before the sign of the bias update is taken. A step whose losses or
     gradient are not all finite changes nothing but its own count: the decision is made here, on the device, so no bad
-    number reaches the weights, the moments, the routing biases, or anything that copies them. Compiles once per M.
+    number reaches the weights, the moments, the routing biases, or anything that copies them. Compiles once per M; the
+    same recipe gives the same function, compiled already.
     """
-    optimizer = adamw(train.optimizer)
-    gradients = make_gradients(model, train, segment_mask, mesh)
-    placement = meshes.shardings(mesh, state_specs(model, train, mesh))
+    optimizer, gradients = adamw(recipe.optimizer), make_gradients(recipe)
+    placement = meshes.shardings(recipe.mesh, recipe.specs())
 
     def step(state: TrainState, batches: Batch, knobs: Knobs) -> tuple[TrainState, StepMetrics]:
         grads, losses = gradients(state.params, state.routing, batches, knobs)

@@ -1,7 +1,7 @@
 """Validation: bits per raw byte of held-out text, with MTP agreement and expert load on the same windows."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import chex
@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from dsv3.config import Config
 from dsv3.data.prepare import Prepared
 from dsv3.data.validation import bits_per_byte, windows
+from dsv3.model.batch import Batch
 from dsv3.model.transformer import Losses, Transformer
 from dsv3.parallel import mesh as meshes
 from dsv3.parallel.balance import max_violation, stack_loads
@@ -32,17 +33,24 @@ class Validation(NamedTuple):
     load: list[list[int]]
 
 
+@lru_cache(maxsize=4)
+def make_losses(model: Transformer, mesh: Mesh) -> Callable[[chex.ArrayTree, chex.ArrayTree, Batch], Losses]:
+    """A jitted function of (params, routing, batch): the losses of a batch divided over the mesh, summed."""
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P(meshes.DATA)), out_specs=P(), check_vma=False)
+    def losses(params, routing, batch):
+        return jax.lax.psum(model.apply({"params": params, "routing": routing}, batch), meshes.DATA)
+
+    return jax.jit(losses)
+
+
 def make_validation(
     model: Transformer, config: Config, prepared: Prepared, mesh: Mesh,
 ) -> Callable[[chex.ArrayTree, chex.ArrayTree], Validation]:
     """A function of (params, routing) that scores the prepared validation documents, divided over the mesh."""
     documents = [tokens for tokens, _ in prepared.validation_documents]
     n_bytes = sum(size for _, size in prepared.validation_documents)
-
-    @jax.jit
-    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P(meshes.DATA)), out_specs=P(), check_vma=False)
-    def evaluate(params, routing, batch):
-        return jax.lax.psum(model.apply({"params": params, "routing": routing}, batch), meshes.DATA)
+    evaluate = make_losses(model, mesh)
 
     def validate(params: chex.ArrayTree, routing: chex.ArrayTree) -> Validation:
         rows = config.train.micro_batch_size * mesh.shape[meshes.DATA]

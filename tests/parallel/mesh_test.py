@@ -12,6 +12,7 @@ from tiny_models import (
     model_config,
     random_batch,
     random_variables,
+    recipe_of,
     train_config,
     train_state,
     transformer,
@@ -20,11 +21,11 @@ from tiny_models import (
 from dsv3.config import MeshConfig, UserError
 from dsv3.parallel.fingerprint import check_replicas, replica_fingerprints
 from dsv3.parallel.mesh import BATCH, RULES, make_mesh, place_global, shardings, zero_axis, zero_spec
-from dsv3.train.step import Knobs, abstract_state, init_state, make_gradients, make_train_step, state_specs
+from dsv3.train.step import Knobs, abstract_state, make_gradients, make_init, make_train_step
 
 CONFIG = model_config(n_layers=2, n_dense_layers=1, dim=24, inter_dim=40)
 TRAIN = train_config()
-KNOBS = Knobs(*map(np.float32, (1e-2, 0.01, 0.3)))
+KNOBS = Knobs(*map(np.float32, (1e-2, 0.01, 0.3, 1e-2)))
 
 
 def unequal_batches():
@@ -43,7 +44,7 @@ def test_gradients_and_losses_of_several_devices_are_those_of_one(n_devices):
     for size in (1, n_devices):
         mesh = mesh_of(size)
         variables = place_global(mesh, random_variables(CONFIG), P())
-        gradients = jax.jit(make_gradients(transformer(CONFIG), TRAIN, False, mesh))
+        gradients = jax.jit(make_gradients(recipe_of(transformer(CONFIG), TRAIN, size)))
         batches = place_global(mesh, unequal_batches(), BATCH)
         results.append(jax.device_get(gradients(variables["params"], variables["routing"], batches, KNOBS)))
     (one, one_losses), (many, many_losses) = results
@@ -62,10 +63,10 @@ def test_gradients_and_losses_of_several_devices_are_those_of_one(n_devices):
 def test_after_fifty_steps_the_replicas_are_equal_bit_for_bit():
     """Routing biases and parameters on all eight devices, fed with different rows at every step."""
     mesh, rng = mesh_of(8), np.random.default_rng(0)
-    state = jax.device_put(train_state(random_variables(CONFIG), TRAIN),
-                           shardings(mesh, state_specs(transformer(CONFIG), TRAIN, mesh)))
+    recipe = recipe_of(transformer(CONFIG), TRAIN, 8)
+    state = jax.device_put(train_state(random_variables(CONFIG), TRAIN), shardings(mesh, recipe.specs()))
     start = jax.device_get(state.routing)
-    step = make_train_step(transformer(CONFIG), TRAIN, False, mesh)
+    step = make_train_step(recipe)
     for _ in range(50):
         batch = random_batch(CONFIG, batch=8, seed=int(rng.integers(1 << 30)))
         state, _ = step(state, place_global(mesh, jax.tree.map(lambda a: a[None], batch), BATCH), KNOBS)
@@ -79,8 +80,9 @@ def test_after_fifty_steps_the_replicas_are_equal_bit_for_bit():
 def test_moments_are_divided_and_parameters_are_not():
     """ZeRO-1: every device holds an eighth of each moment whose shape allows it, from the first step on."""
     mesh = mesh_of(8)
-    state = init_state(transformer(CONFIG), TRAIN, mesh)
-    step = make_train_step(transformer(CONFIG), TRAIN, False, mesh)
+    recipe = recipe_of(transformer(CONFIG), TRAIN, 8)
+    state = make_init(recipe)(0)
+    step = make_train_step(recipe)
     after, _ = step(state, place_global(mesh, unequal_batches(), BATCH), KNOBS)
     moments = next(part for part in after.opt_state if hasattr(part, "mu"))
     divided = 0
@@ -93,7 +95,7 @@ def test_moments_are_divided_and_parameters_are_not():
         else:
             assert local == {params.size}
     assert divided > 0.5 * sum(leaf.size for leaf in jax.tree.leaves(after.params))
-    abstract = abstract_state(transformer(CONFIG), TRAIN, mesh)
+    abstract = abstract_state(recipe)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, abstract)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), after, abstract))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import read_lines, small_config, write_corpus
-from tiny_models import mesh_of, model_config, random_batch, random_variables, train_config, train_state, transformer
+from tiny_models import model_config, random_batch, random_variables, recipe_of, train_config, train_state, transformer
 
 from dsv3.config import UserError
 from dsv3.model.ops import Ops, reference_ops
@@ -20,7 +20,7 @@ from dsv3.train.step import Knobs, make_train_step
 CONFIG = model_config(n_layers=3, n_dense_layers=1)
 ONE_LAYER = model_config(n_layers=1, n_dense_layers=0, mtp=dict(depth=0))
 TRAIN = train_config()
-KNOBS = Knobs(*map(np.float32, (1e-2, 0.01, 0.3)))
+KNOBS = Knobs(*map(np.float32, (1e-2, 0.01, 0.3, 1e-2)))
 
 
 @jax.custom_vjp
@@ -51,8 +51,8 @@ def test_a_bad_step_changes_nothing_but_its_count(backward):
     """Also when the loss is finite and only the gradient is not; and the next good step is as if it had not been."""
     batches = jax.tree.map(lambda a: a[None], random_batch(ONE_LAYER))
     fresh = lambda: train_state(random_variables(ONE_LAYER), TRAIN)
-    bad = make_train_step(Transformer(ONE_LAYER, broken_ops("attn.o", backward=backward)), TRAIN, False, mesh_of(1))
-    good = make_train_step(transformer(ONE_LAYER), TRAIN, False, mesh_of(1))
+    bad = make_train_step(recipe_of(Transformer(ONE_LAYER, broken_ops("attn.o", backward=backward)), TRAIN))
+    good = make_train_step(recipe_of(transformer(ONE_LAYER), TRAIN))
     state, metrics = bad(fresh(), batches, KNOBS)
     assert np.isfinite(metrics.loss) == backward and not np.isfinite(metrics.gradient_norm)
     for before, after in zip(fresh()[1:4], state[1:4], strict=True):

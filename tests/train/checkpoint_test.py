@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from small_runs import small_config, write_corpus
-from tiny_models import mesh_of, model_config, random_variables, train_config, train_state, transformer
+from tiny_models import mesh_of, model_config, random_variables, recipe_of, train_config, train_state, transformer
 
 from dsv3.config import UserError
 from dsv3.model.ops import reference_ops
@@ -21,7 +21,7 @@ from dsv3.parallel.mesh import shardings
 from dsv3.train.checkpoint import Checkpoint, Checkpoints, Description, Progress
 from dsv3.train.ema import initial_average
 from dsv3.train.loop import train
-from dsv3.train.step import abstract_state, state_specs
+from dsv3.train.step import abstract_state, make_recipe
 
 MODEL = model_config(n_layers=1, n_dense_layers=0, mtp=dict(depth=0))
 TRAIN = train_config()
@@ -37,7 +37,7 @@ def checkpoint_at(step, mesh=None):
     """A state whose every array depends on `step`, on a mesh, with a moving average."""
     state = train_state(random_variables(MODEL, seed=step), TRAIN)._replace(step=jnp.int32(step))
     if mesh is not None:
-        state = jax.device_put(state, shardings(mesh, state_specs(transformer(MODEL), TRAIN, mesh)))
+        state = jax.device_put(state, shardings(mesh, make_recipe(transformer(MODEL), TRAIN, False, mesh).specs()))
     return Checkpoint(state, initial_average(state.params), Progress(tokens=24 * step, rows=2 * step))
 
 
@@ -52,7 +52,7 @@ def saved(tmp_path_factory, description):
 
 
 def restore(workdir, n_devices=1, check=ANY, ema=True):
-    abstract = abstract_state(transformer(MODEL), TRAIN, mesh_of(n_devices))
+    abstract = abstract_state(recipe_of(transformer(MODEL), TRAIN, n_devices))
     with Checkpoints(workdir, keep=3) as checkpoints:
         return checkpoints.restore(abstract, check, ema=ema)
 
@@ -140,7 +140,7 @@ def test_generation_reads_weights_or_average_and_moves_nothing(saved, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     shutil.rmtree(run / "checkpoints" / "2" / "ema")
-    abstract = abstract_state(transformer(MODEL), TRAIN, mesh_of(1))
+    abstract = abstract_state(recipe_of(transformer(MODEL), TRAIN))
     with Checkpoints(run) as checkpoints:
         variables, _ = checkpoints.restore_variables(abstract, ema=False)
         chex.assert_trees_all_equal(variables["params"], checkpoint_at(2).state.params)

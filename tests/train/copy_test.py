@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import mesh_of, model_config, train_config
+from tiny_models import model_config, recipe_of, train_config
 
 from dsv3.config import constant
 from dsv3.model.batch import Batch
 from dsv3.model.ops import reference_ops
 from dsv3.model.transformer import Transformer
-from dsv3.train.step import Knobs, init_state, make_train_step
+from dsv3.train.step import Knobs, make_init, make_train_step
 
 LENGTH, ROWS = 40, 32
 CONFIG = model_config(
@@ -38,9 +38,9 @@ def test_the_model_learns_to_copy_repeated_random_strings():
     """Above 90% on the repeats of fresh strings (chance: 1/32), while their first appearance stays unpredictable."""
     rng = np.random.default_rng(0)
     model = Transformer(CONFIG, reference_ops(row_block=32, loss_chunk=2048))
-    state = init_state(model, TRAIN, mesh_of(1))
-    step = make_train_step(model, TRAIN, False, mesh_of(1))
-    knobs = Knobs(*map(jnp.float32, (3e-3, 0.01, 0.3)))
+    state = make_init(recipe_of(model, TRAIN))(0)
+    step = make_train_step(recipe_of(model, TRAIN))
+    knobs = Knobs(*map(jnp.float32, (3e-3, 0.01, 0.3, 1e-4)))
     for _ in range(500):
         batch, _ = repeated_strings(rng)
         state, _ = step(state, jax.tree.map(lambda a: a[None], batch), knobs)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny_models import (
     distance,
-    mesh_of,
     model_config,
     random_batch,
     random_variables,
+    recipe_of,
     train_config,
     train_state,
     transformer,
@@ -24,7 +24,7 @@ from dsv3.train.step import Knobs, make_train_step
 
 CONFIG = model_config(n_layers=1, n_dense_layers=0)  # one MoE layer and one MTP module
 TRAIN = train_config()
-KNOBS = Knobs(*map(jnp.float32, (1e-2, 0.01, 0.3)))
+KNOBS = Knobs(*map(jnp.float32, (1e-2, 0.01, 0.3, 1e-2)))
 
 
 def fresh_state():
@@ -32,7 +32,7 @@ def fresh_state():
 
 
 def step_of(model, train):
-    return make_train_step(model, train, False, mesh_of(1))
+    return make_train_step(recipe_of(model, train))
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +115,11 @@ def test_twenty_steps_learn_one_batch(step):
 
 def test_mtp_lambda_zero_leaves_the_mtp_module_without_gradient():
     """Its weights then move by weight decay alone, which is off here."""
-    train = dataclasses.replace(TRAIN, optimizer=dataclasses.replace(TRAIN.optimizer, weight_decay=0.0),
-                                balance_alpha=0.0)
+    train = dataclasses.replace(TRAIN, optimizer=dataclasses.replace(TRAIN.optimizer, weight_decay=0.0))
     before = fresh_state()
     params = jax.tree.map(jnp.copy, before.params)
     after, _ = step_of(transformer(CONFIG), train)(
-        before, split(uneven_batch(), 1), KNOBS._replace(mtp_lambda=jnp.float32(0)))
+        before, split(uneven_batch(), 1), KNOBS._replace(mtp_lambda=jnp.float32(0), balance_alpha=jnp.float32(0)))
     chex.assert_trees_all_equal(after.params["mtp_0"], params["mtp_0"])
     assert distance(after.params["head"], params["head"]) > 1e-4
 
