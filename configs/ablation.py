@@ -60,11 +60,11 @@ def get_config() -> Config:
             eval_bytes=2_000_000, eval_stride=1024, seed=0),
         train=TrainConfig(
             steps=STEPS, seq_len=LENGTH, micro_batch_size=BATCH, batch_size=constant(BATCH), batch_increment=BATCH,
-            warmup_steps=30,
+            warmup_steps=100,
             learning_rate=(
-                Phase(until=0.6 * TOKENS, start=2e-3, end=2e-3, shape="constant"),
-                Phase(until=TOKENS, start=2e-3, end=2e-4, shape="cosine"),
-                Phase(until=math.inf, start=2e-4, end=2e-4, shape="constant")),
+                Phase(until=0.6 * TOKENS, start=1e-3, end=1e-3, shape="constant"),
+                Phase(until=TOKENS, start=1e-3, end=1e-4, shape="cosine"),
+                Phase(until=math.inf, start=1e-4, end=1e-4, shape="constant")),
             bias_update_speed=constant(0.01), mtp_lambda=constant(0.3), balance_alpha=1e-4,
             optimizer=OptimizerConfig(
                 b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, decay_norms=False, clip_norm=1.0,

@@ -72,6 +72,18 @@ MUTATIONS = [
              "(params, routing, batch, knobs, tokens, sequences)\n\n        def acc",
              "(params, routing, batch, knobs, jnp.sum(batch.weights_BT), sequences)\n\n        def acc",
              "tests/train/step_test.py::test_micro_batches_give_the_step_of_the_whole_batch"),
+    Mutation("loads of one device returned as if they were all", "train/step.py",
+             "jax.tree.map(reduce, grads, specs), jax.lax.psum(losses, meshes.DATA)",
+             "jax.tree.map(reduce, grads, specs), losses",
+             "tests/parallel/mesh_test.py::"
+             "test_gradients_and_losses_of_several_devices_are_those_of_one[2]"),
+    Mutation("gradients normalised per device", "train/step.py",
+             "jnp.maximum(jax.lax.psum(count, meshes.DATA), 1)", "jnp.maximum(count, 1)",
+             "tests/parallel/mesh_test.py::"
+             "test_gradients_and_losses_of_several_devices_are_those_of_one[2]"),
+    Mutation("a step that is not finite is taken", "train/step.py",
+             "partial(jnp.where, finite)", "partial(jnp.where, jnp.bool_(True))",
+             "tests/train/bad_numbers_test.py::test_a_bad_step_changes_nothing_but_its_count[loss]"),
     Mutation("MTP losses summed over depths, not averaged", "train/step.py",
              "jnp.sum(mtp_D) / max(len(mtp_D), 1)", "jnp.sum(mtp_D)",
              "tests/train/step_test.py::test_the_objective_is_main_plus_lambda_over_depths_plus_alpha_balance"),

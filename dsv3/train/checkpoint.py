@@ -92,15 +92,17 @@ class Checkpoints:
         self._saving = None
 
     def _report(self, error: Exception) -> None:
+        """Tell of a save that failed and tidy up. In a job of many processes it is raised: all start again together."""
+        if jax.process_count() > 1:
+            raise error
         logging.error("the checkpoint of step %s could not be saved (%s); training goes on, the newest good one is %s",
                       self._saving, _line(error), max((s for s in self.steps() if s != self._saving), default="none"))
         try:
             self._manager.close()
         except Exception as again:  # the same failure, told a second time
             logging.debug("closing after a failed save: %s", again)
-        if jax.process_index() == 0:
-            for partial in self._directory.glob(f"{self._saving}*tmp*"):
-                shutil.rmtree(partial, ignore_errors=True)
+        for partial in self._directory.glob(f"{self._saving}*tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
         self._manager = self._open()
 
     def save(self, checkpoint: Checkpoint, description: Description) -> None:
@@ -134,20 +136,23 @@ class Checkpoints:
         `check` sees each checkpoint's description before its arrays are read, and may refuse it with a `UserError`.
         A damaged checkpoint is named in the log and moved to `damaged/` in the workdir. Raises `UserError` if all are.
         """
-        steps, damaged = self.steps(), []
+        steps, trees = self.steps(), _arrays(abstract_state, _host(abstract_state.params) if ema else None)
         for step in reversed(steps):
+            found, error = None, Damaged("another process could not read it")
             try:
                 record = self._record(step)
                 description = _description(record)
                 check(description)
-                found = self._read(step, _arrays(abstract_state, _host(abstract_state.params) if ema else None), record)
-                state = abstract_state._replace(
-                    **{name: found[name] for name in found if name in TrainState._fields}, **found["counters"])
-                return Checkpoint(state, found.get("ema"), Progress(**record["progress"])), description
-            except Damaged as error:
-                damaged.append(step)
+                found = self._read(step, trees, record)
+            except Damaged as damage:
+                error = damage
+            if not _all_processes(found is not None):
                 self._set_aside(step, error)
-        require(not steps, f"every checkpoint of {self._directory} is damaged (steps {damaged}, now in "
+                continue
+            state = abstract_state._replace(
+                **{name: found[name] for name in found if name in TrainState._fields}, **found["counters"])
+            return Checkpoint(state, found.get("ema"), Progress(**record["progress"])), description
+        require(not steps, f"every checkpoint of {self._directory} is damaged (steps {steps}, now in "
                 f"{self._directory.parent / 'damaged'}); put a good copy back, or choose another workdir")
         return None
 
@@ -212,6 +217,11 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"set aside {step}")
         self._manager.reload()
+
+
+def _all_processes(good: bool) -> bool:
+    """Whether it is so on every process of the job."""
+    return good if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(good)).all())
 
 
 def _arrays(state: TrainState, ema: chex.ArrayTree | None) -> dict[str, Any]:

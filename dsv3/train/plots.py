@@ -66,7 +66,7 @@ def plot_expert_load(records: Sequence[dict[str, Any]], path: Path, columns: int
 
 
 def plot_comparison(runs: dict[str, Sequence[Sequence[dict[str, Any]]]], path: Path) -> None:
-    """Loss relative to the first variant's, and MaxVio (mean over layers), of every seed of every variant."""
+    """Loss relative to the first variant's, and MaxVio (mean over the trunk), of every seed of every variant."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps_of = lambda records: [record for record in records if "loss" in record]
@@ -77,7 +77,9 @@ def plot_comparison(runs: dict[str, Sequence[Sequence[dict[str, Any]]]], path: P
             tokens = [record["tokens"] / 1e6 for record in steps]
             label = name if index == 0 else None
             left.plot(tokens, smoothed([r["loss"] for r in steps]) - baseline, color=f"C{color}", label=label)
-            right.plot(tokens, smoothed([np.mean(r["max_vio"]) for r in steps]), color=f"C{color}", label=label)
+            trunk = len(steps[0]["max_vio"]) - len(steps[0]["mtp_loss"])
+            vio = smoothed([np.mean(r["max_vio"][:trunk]) for r in steps])
+            right.plot(tokens, vio, color=f"C{color}", label=label)
     left.set(xlabel="million tokens", title="Loss",
              ylabel=f"loss minus that of \"{next(iter(runs))}\", same seed (nats)")
     right.set(xlabel="million tokens", ylabel="MaxVio, mean over layers", title="Load balance", yscale="log")
