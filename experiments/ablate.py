@@ -7,6 +7,7 @@ WORKDIR/VARIANT-SEED; all read WORKDIR/data. Writes WORKDIR/ablation.json and ab
 command continues after an interruption.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from dsv3.config import UserError, override, require
+from dsv3.parallel.distributed import is_main
 from dsv3.parallel.ops import make_ops
 from dsv3.train.loop import train
 from dsv3.train.metrics import read_metrics
@@ -33,7 +35,7 @@ def share_data(shared: Path, run: Path) -> None:
     """Let `run` read the data prepared in `shared`; whichever run comes first prepares it."""
     run.mkdir(parents=True, exist_ok=True)
     shared.mkdir(exist_ok=True)
-    if not (run / "data").is_symlink():
+    with contextlib.suppress(FileExistsError):  # from an earlier start, or from another process of the job
         (run / "data").symlink_to(shared.resolve(), target_is_directory=True)
 
 
@@ -69,6 +71,8 @@ def main(overrides: Sequence[str]) -> None:
             except UserError as error:
                 raise UserError(f"variant {name!r}: {error}") from error
             runs.setdefault(name, []).append(list(read_metrics(run / "metrics.jsonl")))
+    if not is_main():
+        return
     figures = {name: [summary(records) for records in seeds] for name, seeds in runs.items()}
     (workdir / "ablation.json").write_text(json.dumps(figures, indent=2) + "\n")
     plot_comparison(runs, workdir / "ablation.png")

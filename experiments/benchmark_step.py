@@ -64,7 +64,7 @@ def prepare(config: Config, ops: Ops) -> Bench:
     model = Transformer(config.model, ops)
     mesh = make_mesh(config.mesh)
     recipe = make_recipe(model, config.train, False, mesh)
-    state, knobs = make_init(recipe)(config.train.seed), Knobs(*map(np.float32, (1e-3, 1e-3, 0.3, 1e-4)))
+    state, knobs = make_init(recipe)(np.uint32(config.train.seed)), Knobs(*map(np.float32, (1e-3, 1e-3, 0.3, 1e-4)))
     batches = place_global(mesh, random_batches(config), BATCH)
     lowered = make_train_step(recipe).lower(state, batches, knobs)
     return Bench(config, lowered, state, batches, knobs)

@@ -14,7 +14,7 @@ from dsv3.config import Config, require
 from dsv3.evaluation.baselines import bigram_bits, xz_bits
 from dsv3.inference.text import continue_text
 from dsv3.model.ops import reference_ops
-from dsv3.parallel.distributed import is_main
+from dsv3.parallel.distributed import barrier, is_main
 from dsv3.parallel.mesh import on_one_device
 from dsv3.parallel.ops import make_ops
 from dsv3.train.loop import Profile, Result, train
@@ -60,9 +60,14 @@ def main(overrides: Sequence[str]) -> None:
     start = time.perf_counter()
     profile = Profile(workdir / "profile") if PROFILE.value else None
     result = train(config, workdir, make_ops(config.kernels), profile)
-    if not is_main():
-        return
-    summary = results(result, time.perf_counter() - start)
+    if is_main():
+        print_results(config, workdir, result, time.perf_counter() - start)
+    barrier("results printed", timeout_s=3600)
+
+
+def print_results(config: Config, workdir: Path, result: Result, seconds: float) -> None:
+    """Write `results.json`; print it with a sample."""
+    summary = results(result, seconds)
     (workdir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\nA sample after step {summary['step']}:\n\n{sample(config, result, PROMPT.value)}\n")
     print(f"Results ({workdir / 'results.json'}; plots {workdir / 'loss.png'}, {workdir / 'expert_load.png'}):\n")

@@ -24,6 +24,8 @@ from dsv3.parallel.fingerprint import fingerprints
 from dsv3.train.step import TrainState
 
 RECORD = "record"
+NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+"""Failures to read that say nothing about the file: too little memory, no right to read, another process that died."""
 
 
 class Progress(NamedTuple):
@@ -65,6 +67,7 @@ class Checkpoints:
         self._directory, self._keep = (workdir / "checkpoints").resolve(), keep
         self._manager = self._open()
         self._saving: int | None = None
+        self._newest_is_saved = True
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -82,17 +85,20 @@ class Checkpoints:
         """All finished steps, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def wait(self) -> None:
-        """Until the save under way is on disk, or has failed and was reported."""
+    def wait(self) -> bool:
+        """Until the save under way is on disk, or has failed and was reported; whether the newest save is there."""
         if self._saving is not None:
             try:
                 self._manager.wait_until_finished()
+                self._newest_is_saved = True
             except Exception as error:  # whatever Orbax and TensorStore raise for a disk that fails or is full
                 self._report(error)
         self._saving = None
+        return self._newest_is_saved
 
     def _report(self, error: Exception) -> None:
         """Tell of a save that failed and tidy up. In a job of many processes it is raised: all start again together."""
+        self._newest_is_saved = False
         if jax.process_count() > 1:
             raise error
         logging.error("the checkpoint of step %s could not be saved (%s); training goes on, the newest good one is %s",
@@ -152,8 +158,9 @@ class Checkpoints:
             state = abstract_state._replace(
                 **{name: found[name] for name in found if name in TrainState._fields}, **found["counters"])
             return Checkpoint(state, found.get("ema"), Progress(**record["progress"])), description
-        require(not steps, f"every checkpoint of {self._directory} is damaged (steps {steps}, now in "
-                f"{self._directory.parent / 'damaged'}); put a good copy back, or choose another workdir")
+        aside = self._directory.parent / "damaged"  # also those that an earlier start has moved
+        require(not (aside.exists() and any(aside.iterdir())), f"every checkpoint of {self._directory} is damaged (now "
+                f"in {aside}); put a good copy back, choose another workdir, or delete {aside} to begin anew")
         return None
 
     def restore_variables(self, abstract_state: TrainState, *, ema: bool) -> tuple[dict[str, Any], Description]:
@@ -189,6 +196,8 @@ class Checkpoints:
         try:
             args = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
             return _unseal(self._manager.restore(step, args=args)[RECORD])
+        except NOT_DAMAGE:
+            raise
         except Exception as error:  # a flipped bit can make a reader raise anything
             raise Damaged(f"its record cannot be read ({_line(error)})") from error
 
@@ -198,10 +207,12 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(
                 **{name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}))
             found = {name: restored[name] for name in trees}
-            wrong = [f"{name}/{path}" for name, tree in found.items()
-                     for path, value in fingerprints(tree).items() if record["fingerprints"][name].get(path) != value]
+        except NOT_DAMAGE:
+            raise
         except Exception as error:  # see _record
             raise Damaged(f"its arrays cannot be read ({_line(error)})") from error
+        wrong = [f"{name}/{path}" for name, tree in found.items()
+                 for path, value in fingerprints(tree).items() if record["fingerprints"][name].get(path) != value]
         if wrong:
             raise Damaged(f"{len(wrong)} arrays are not what was saved, the first is {wrong[0]}")
         return found

@@ -143,7 +143,7 @@ def _start(config: Config, recipe: Recipe, checkpoints: Checkpoints, check) -> C
     restored = checkpoints.restore(abstract_state(recipe), check, ema=keeps_ema)
     if restored is not None:
         return restored[0]
-    state = make_init(recipe)(config.train.seed)
+    state = make_init(recipe)(np.uint32(config.train.seed))
     return Checkpoint(state, initial_average(state.params) if keeps_ema else None, Progress(tokens=0, rows=0))
 
 
@@ -203,6 +203,9 @@ class _Run:
                     self.evaluate(state, done, progress)
                 if last or stopping or (done % train.checkpoint_every == 0 and self.is_good(state)):
                     self.save(state, progress)
+                if last or stopping:
+                    saved = self.checkpoints.wait()
+                    require(saved, f"step {done} is reached, but its checkpoint could not be saved; see the log")
                 bar.update()
                 if stopping and not last:
                     raise Stopped(f"stopped after step {done}, saved; the same command continues")
@@ -253,7 +256,7 @@ class _Run:
         self.write(*records)
         last = records[-1]
         self.bad = last["bad_steps_in_a_row"] > 0
-        self.check_bad_steps(state, last)
+        self.check_bad_steps(state, records)
         self.timer.resume()
         skipped = f", {last['bad_steps']} bad steps" if last["bad_steps"] else ""
         worst = max(last["max_vio"], default=0.0)
@@ -262,12 +265,11 @@ class _Run:
 
     def write(self, *records: dict[str, Any]) -> None:
         if self.writer:
-            for record in records:
-                self.writer.write(record)
-            self.writer.flush()
+            self.writer.write(*records)
 
-    def check_bad_steps(self, state: TrainState, record: dict[str, Any]) -> None:
+    def check_bad_steps(self, state: TrainState, records: list[dict[str, Any]]) -> None:
         """Raise `UserError` naming the culprit after too many non-finite steps in a row. The weights are still good."""
+        record = max(records, key=lambda record: record["bad_steps_in_a_row"])
         if record["bad_steps_in_a_row"] < self.config.train.guard.max_bad_steps:
             return
         params, routing = on_one_device((state.params, state.routing))

@@ -1,7 +1,9 @@
 """What a run writes while it trains: `metrics.jsonl` (one line a step) and TensorBoard scalars."""
 
 import json
+import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,19 +44,47 @@ class MetricsWriter:
         fresh = path.with_suffix(".new")
         fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
         fresh.replace(path)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._board: SummaryWriter | None = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """One line; numbers, and lists of numbers by index, also become TensorBoard scalars (loads do not)."""
-        self._file.write(json.dumps(record) + "\n")
+    def write(self, *records: Mapping[str, Any]) -> None:
+        """One line each; numbers, and lists of numbers by index, also become TensorBoard scalars (loads do not).
+
+        Lines that a full disk refuses are reported, kept, and written with the next ones; TensorBoard is given up then.
+        """
+        self._waiting += "".join(json.dumps(record) + "\n" for record in records).encode()
+        try:
+            self._append()
+            if self._board:
+                for record in records:
+                    self._board_scalars(record)
+                self._board.flush()
+        except OSError as error:
+            logging.error("metrics could not be written (%s); they are kept for later", error)
+            self._board = None
+
+    def _append(self) -> None:
+        """All waiting lines or none of them."""
+        whole = os.fstat(self._file.fileno()).st_size
+        try:
+            rest = self._waiting
+            while rest:
+                rest = rest[self._file.write(rest):]
+        except OSError:
+            os.ftruncate(self._file.fileno(), whole)
+            raise
+        self._waiting = b""
+
+    def _board_scalars(self, record: Mapping[str, Any]) -> None:
         for name, value in record.items():
             if name == "load":
                 continue
@@ -62,10 +92,6 @@ class MetricsWriter:
             for index, item in items:
                 if math.isfinite(item):
                     self._board.add_scalar(name if index is None else f"{name}/{index}", item, record["step"])
-
-    def flush(self) -> None:
-        self._file.flush()
-        self._board.flush()
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

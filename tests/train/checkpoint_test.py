@@ -120,8 +120,9 @@ def test_when_all_are_damaged_the_run_does_not_start_anew(saved, tmp_path):
     shutil.copytree(saved, run)
     for step in "12":
         shutil.rmtree(run / "checkpoints" / step / "record")
-    with pytest.raises(UserError, match="every checkpoint .* is damaged"):
-        restore(run)
+    for _ in range(2):  # nor when the same command is given again
+        with pytest.raises(UserError, match="every checkpoint .* is damaged"):
+            restore(run)
 
 
 def test_a_refused_description_is_no_damage(saved, tmp_path):
