@@ -12,5 +12,6 @@ from experiments import benchmark_kernels, benchmark_shapes, benchmark_step, lau
 flags.DEFINE_string("json", None, "also write the figures to this file")
 
 if __name__ == "__main__":
+    benchmark_step.define_flags()
     launch.run_command(
         {"shapes": benchmark_shapes.main, "step": benchmark_step.main, "kernels": benchmark_kernels.main}, "shapes")

@@ -24,11 +24,15 @@ from dsv3.train.step import Knobs, StepMetrics, TrainState, make_init, make_reci
 from dsv3.train.throughput import peak_flops
 from experiments import launch
 
-CONFIG = flags.DEFINE_string("config", None, "step: a file with get_config()")
-STEPS = flags.DEFINE_integer("steps", 8, "step: timed steps; the median is reported")
-PROFILE = flags.DEFINE_string("profile", None, "step: write a profiler trace here and print its breakdown by kind")
 WARM_UP = 3
 TRACED = 2
+
+
+def define_flags() -> None:
+    """Not on import: the tests of several launchers run in one process, and other launchers have a --config too."""
+    flags.DEFINE_string("config", None, "step: a file with get_config()")
+    flags.DEFINE_integer("steps", 8, "step: timed steps; the median is reported")
+    flags.DEFINE_string("profile", None, "step: write a profiler trace here and print its breakdown by kind")
 
 
 def write_json(figures) -> None:
@@ -108,20 +112,20 @@ def profiled(bench: Bench, directory: str) -> dict[str, float]:
 
 
 def main(overrides: Sequence[str]) -> None:
-    require(CONFIG.value is not None, "--config=FILE is missing; try --config=configs/small_moe.py")
-    config = launch.load_config(CONFIG.value, overrides)
-    figures, bench = measure(prepare(config, make_ops(config.kernels)), STEPS.value)
+    require(flags.FLAGS.config is not None, "--config=FILE is missing; try --config=configs/small_moe.py")
+    config = launch.load_config(flags.FLAGS.config, overrides)
+    figures, bench = measure(prepare(config, make_ops(config.kernels)), flags.FLAGS.steps)
     micro = config.train.micro_batch_size
-    print(f"{jax.devices()[0].device_kind}, jax {version('jax')}: {CONFIG.value} {' '.join(overrides)}")
+    print(f"{jax.devices()[0].device_kind}, jax {version('jax')}: {flags.FLAGS.config} {' '.join(overrides)}")
     print(f"{figures['tokens'] // config.train.seq_len} rows of {config.train.seq_len} tokens a step, {micro} at once, "
           f"recomputation {config.model.remat}, {config.model.scan_unroll} layers a scan step\n")
     print(f"step {1e3 * figures['step_seconds']:.1f} ms ({1e3 * figures['fastest_seconds']:.1f} to "
-          f"{1e3 * figures['slowest_seconds']:.1f} over {STEPS.value}), {figures['tokens_per_second']:,.0f} tokens/s, "
-          f"MFU {figures['mfu']:.1%}, peak {figures['peak_gib']:.1f} GiB, "
+          f"{1e3 * figures['slowest_seconds']:.1f} over {flags.FLAGS.steps}), "
+          f"{figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu']:.1%}, peak {figures['peak_gib']:.1f} GiB, "
           f"compiled in {figures['compile_seconds']:.1f} s", flush=True)
     write_json(figures)
-    if PROFILE.value:
-        figures["breakdown_seconds"] = profiled(bench, PROFILE.value)
+    if flags.FLAGS.profile:
+        figures["breakdown_seconds"] = profiled(bench, flags.FLAGS.profile)
         for kind, seconds in figures["breakdown_seconds"].items():
             print(f"{1e3 * seconds:10.2f} ms  {kind}")
         write_json(figures)

@@ -148,8 +148,12 @@ class Job:
         sys.stdout.buffer.flush()
 
     def failure(self) -> Failure | None:
-        """Of the ranks that failed so far, the likeliest culprit: not one that JAX aborted since another was gone."""
-        failed = [(status == -signal.SIGABRT, rank, status)
+        """Of the ranks that failed so far, the likeliest culprit.
+
+        A rank that was killed, before one that fails because its peer is gone, before one that JAX aborted for that.
+        """
+        order = lambda status: 2 if status == -signal.SIGABRT else int(status > 0)
+        failed = [(order(status), rank, status)
                   for rank, status in enumerate(self.statuses()) if status not in (None, 0)]
         if not failed:
             return None

@@ -36,9 +36,9 @@ def write_run(directory, loss=1.0, weight=1.0, rate=1.0):
     records = [{"step": step, "loss": loss, "tokens_per_second": rate} for step in (1, 2)]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     items = {name: ocp.args.StandardSave({"w": jnp.full((3,), weight)})
-             for name in ("params", "routing", "opt_state", "step")}
+             for name in ("params", "routing", "opt_state", "counters", "ema")}
     with ocp.CheckpointManager(directory / "checkpoints") as manager:
-        manager.save(2, args=ocp.args.Composite(**items, progress=ocp.args.JsonSave({"tokens": 8})))
+        manager.save(2, args=ocp.args.Composite(**items, record=ocp.args.JsonSave({"tokens": 8})))
         manager.wait_until_finished()
     return directory
 
@@ -46,18 +46,18 @@ def write_run(directory, loss=1.0, weight=1.0, rate=1.0):
 def test_every_difference_between_two_runs_is_found(tmp_path):
     one = write_run(tmp_path / "one")
     assert compare(one, write_run(tmp_path / "same", rate=7.0)) == (
-        [], {"checkpoints": 1, "arrays": 4, "records": 2})
+        [], {"checkpoints": 1, "arrays": 5, "records": 2})
     negative_zero = write_run(tmp_path / "zero", weight=0.0), write_run(tmp_path / "minus", weight=-0.0)
-    assert len(compare(*negative_zero)[0]) == 4  # equal as numbers, not as bits
+    assert len(compare(*negative_zero)[0]) == 5  # equal as numbers, not as bits
     assert "metrics.jsonl record 1: ['loss']" in compare(one, write_run(tmp_path / "loss", loss=1.5))[0]
 
     other = write_run(tmp_path / "other")
-    (other / "checkpoints" / "2" / "progress" / "metadata").write_text('{"tokens": 9}')
+    (other / "checkpoints" / "2" / "record" / "metadata").write_text('{"tokens": 9}')
     shutil.rmtree(other / "checkpoints" / "2" / "routing")
     with (other / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3}\n')
     text = "\n".join(compare(one, other)[0])
-    assert "progress differs" in text and "routing is in one checkpoint only" in text and "2 and 3 records" in text
+    assert "record differs" in text and "routing is in one checkpoint only" in text and "2 and 3 records" in text
     shutil.rmtree(other / "checkpoints" / "2")
     assert "checkpoints kept: [2] and []" in compare(one, other)[0]
 
