@@ -121,8 +121,8 @@ def main(overrides: Sequence[str]) -> None:
           f"recomputation {config.model.remat}, {config.model.scan_unroll} layers a scan step\n")
     print(f"step {1e3 * figures['step_seconds']:.1f} ms ({1e3 * figures['fastest_seconds']:.1f} to "
           f"{1e3 * figures['slowest_seconds']:.1f} over {flags.FLAGS.steps}), "
-          f"{figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu']:.1%}, peak {figures['peak_gib']:.1f} GiB, "
-          f"compiled in {figures['compile_seconds']:.1f} s", flush=True)
+          f"{figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu']:.1%}, "
+          f"peak {figures['peak_gib']:.1f} GiB, compiled in {figures['compile_seconds']:.1f} s", flush=True)
     write_json(figures)
     if flags.FLAGS.profile:
         figures["breakdown_seconds"] = profiled(bench, flags.FLAGS.profile)
