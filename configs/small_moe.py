@@ -8,8 +8,9 @@ Command:
 python -m experiments.pretrain --config=configs/small_moe.py --workdir=runs/small --config.data.sources.0.files=CORPUS
 CORPUS is files, directories or globs, with commas between them (docs/data.md): the standard library, which `files=None`
 reads, is far too small for 3.9B tokens.
-Expected time: a token costs 1.57 GFLOP. A step of 32 rows took 288 ms on an H100 (227,000 tokens/s, 36% of its peak,
-62 GiB; docs/benchmarks.md), so the run takes 4.8 hours. Expected result: not measured.
+Expected time: a token costs 1.57 GFLOP. A step of 32 rows took 300 ms on an H100 (218,000 tokens/s, 35% of its peak,
+60 GiB; docs/benchmarks.md): 5 hours, if training keeps that speed, which it has not been seen to do. Expected result:
+not measured; docs/results.md has the first 46M tokens.
 """
 
 import math

@@ -60,7 +60,7 @@ def zero_axis(spec: P, shape: tuple[int, ...], size: int) -> int | None:
 
 
 def zero_spec(spec: P, shape: tuple[int, ...], size: int) -> P:
-    """`spec` of a parameter -> that of its optimizer moments and summed gradient (ZeRO-1, report section 3.2.1)."""
+    """`spec` of a parameter -> that of its optimizer moments and summed gradient (ZeRO-1, report section 3.2)."""
     axis = zero_axis(spec, shape, size)
     if axis is None:
         return spec

@@ -112,7 +112,7 @@ def test_zero_takes_the_longest_divisible_axis_that_is_free(spec, shape, axis):
 
 
 def test_every_parameter_names_axes_that_the_table_knows():
-    """And an axis that it does not know is an error, not silently replicated."""
+    """Flax replicates an axis without a rule and says nothing, so a new name must be entered there."""
     known = {name for name, _ in RULES}
     boxed = jax.eval_shape(transformer(CONFIG).init, jax.random.key(0), random_batch(CONFIG))["params"]
     boxes = jax.tree.leaves(boxed, is_leaf=lambda leaf: hasattr(leaf, "names"))
