@@ -39,6 +39,7 @@ def results(result: Result, seconds: float) -> dict:
         "max_vio": validation.max_vio,
         "mtp_agreement": validation.mtp_agreement,
         "mtp_chance": validation.mtp_chance,
+        "ema_bits_per_byte": result.ema_validation and result.ema_validation.bits_per_byte,
         "tokens_per_second": result.tokens_per_second,
         "seconds": seconds,
     }
@@ -66,11 +67,12 @@ def main(overrides: Sequence[str]) -> None:
 
 
 def print_results(config: Config, workdir: Path, result: Result, seconds: float) -> None:
-    """Write `results.json`; print it with a sample."""
-    summary = results(result, seconds)
-    (workdir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    """Write `results.json`, unless it is there and no step was left to do; print it with a sample."""
+    summary, file = results(result, seconds), workdir / "results.json"
+    if summary["tokens_per_second"] or not file.exists():
+        file.write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\nA sample after step {summary['step']}:\n\n{sample(config, result, PROMPT.value)}\n")
-    print(f"Results ({workdir / 'results.json'}; plots {workdir / 'loss.png'}, {workdir / 'expert_load.png'}):\n")
+    print(f"Results ({file}; plots {workdir / 'loss.png'}, {workdir / 'expert_load.png'}):\n")
     print(results_table(summary))
 
 

@@ -4,8 +4,10 @@
 def results_table(results: dict) -> str:
     """The final figures as aligned lines, with what each should be compared to."""
     listed = lambda values: ", ".join(f"{value:.2f}" for value in values) or "none"
+    averaged = results["ema_bits_per_byte"]
     rows = [
         ("validation", f"{results['validation_bits_per_byte']:.3f} bits per byte"),
+        ("with averaged weights", "none kept" if averaged is None else f"{averaged:.3f} bits per byte"),
         ("bigram, same tokens", f"{results['bigram_bits_per_byte']:.3f} bits per byte"),
         ("xz -9e, same text", f"{results['xz_bits_per_byte']:.3f} bits per byte"),
         ("MaxVio by MoE layer", listed(results["max_vio"])),

@@ -91,6 +91,12 @@ def place_global(mesh: Mesh, batch: Any, spec: P) -> Any:
         lambda array: jax.make_array_from_callback(array.shape, sharding, np.asarray(array).__getitem__), batch)
 
 
+def place_like(host: chex.ArrayTree, placed: chex.ArrayTree) -> chex.ArrayTree:
+    """Host arrays that every process holds whole, where their counterparts in `placed` live."""
+    return jax.tree.map(
+        lambda array, like: jax.make_array_from_callback(array.shape, like.sharding, array.__getitem__), host, placed)
+
+
 def on_one_device(tree: chex.ArrayTree) -> chex.ArrayTree:
     """Replicated arrays as plain arrays of one local device: what a program outside the mesh takes."""
     return jax.tree.map(lambda array: array.addressable_data(0), tree)

@@ -21,7 +21,7 @@ from dsv3.model.ops import Ops
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.distributed import barrier, is_main
 from dsv3.parallel.fingerprint import check_replicas
-from dsv3.parallel.mesh import make_mesh, on_one_device, place_local
+from dsv3.parallel.mesh import make_mesh, on_one_device, place_like, place_local
 from dsv3.train import schedule
 from dsv3.train.checkpoint import Checkpoint, Checkpoints, Description, Progress
 from dsv3.train.diagnosis import first_nonfinite
@@ -56,10 +56,15 @@ class Profile(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What `train` returns: the final state, its validation, the data that it read, and the speed of its steps."""
+    """What `train` returns.
+
+    The final state, its validation and that of the averaged weights (None without `train.ema`), the data that it read,
+    and the speed of this session's steps (0 if the run had ended before).
+    """
 
     state: TrainState
     validation: Validation
+    ema_validation: Validation | None
     prepared: Prepared
     tokens_per_second: float
 
@@ -133,8 +138,7 @@ def train(config: Config, workdir: Path, ops: Ops, profile: Profile | None = Non
         records = list(read_metrics(workdir / "metrics.jsonl"))
         plot_loss(records, workdir / "loss.png")
         plot_expert_load(records, workdir / "expert_load.png")
-    validation = run.validation or run.validate(state.params, state.routing)
-    return Result(state, validation, prepared, run.timer.tokens_per_second())
+    return Result(state, *(run.scores or run.score(state)), prepared, run.timer.tokens_per_second())
 
 
 def _start(config: Config, recipe: Recipe, checkpoints: Checkpoints, check) -> Checkpoint:
@@ -164,7 +168,7 @@ class _Run:
         self.shapes: set[int] = set()
         self.batches: Batch | None = None
         self.line, self.bad = "", False
-        self.validation: Validation | None = None
+        self.scores: tuple[Validation, Validation | None] | None = None
 
     def spikes_so_far(self, records: Iterator[dict[str, Any]]) -> None:
         """Show the detector the losses of the run before this session."""
@@ -188,12 +192,14 @@ class _Run:
             for step in range(first, train.steps):
                 if tracing and step == tracing.start:
                     self.log(state)
-                    jax.profiler.start_trace(profile.directory)
+                    with self.timer.paused():
+                        jax.profiler.start_trace(profile.directory)
                 state, progress = self.one_step(state, loader, step, progress)
                 done = step + 1
                 if tracing and done == tracing.stop:
                     jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
+                    with self.timer.paused():
+                        jax.profiler.stop_trace()
                 last, stopping = done == train.steps, stop.reached()
                 if done % train.log_every == 0 or last:
                     bar.set_postfix_str(self.log(state))
@@ -276,18 +282,27 @@ class _Run:
         places = (first_nonfinite(self.model, params, routing, jax.tree.map(lambda a: a[micro], self.batches),
                                   self.config.data.segment_ids) for micro in range(len(self.batches.tokens_BT)))
         place = next((name for name in places if name), "nothing that a second look at the batch shows")
+        saved = max(self.checkpoints.steps(), default=None)
         raise UserError(f"{record['bad_steps_in_a_row']} steps in a row up to step {record['step']} had a loss or "
-                        f"gradient that is not finite; first: {place}. The checkpoints hold the last good weights")
+                        f"gradient that is not finite; first: {place}. None of them changed a weight; "
+                        + ("there is no checkpoint yet" if saved is None else f"the newest checkpoint is step {saved}"))
 
     def evaluate(self, state: TrainState, step: int, progress: Progress) -> None:
         self.log(state)
-        self.timer.pause()
-        self.validation = self.validate(state.params, state.routing)
-        self.write({
-            "step": step, "tokens": progress.tokens, "validation_bits_per_byte": self.validation.bits_per_byte,
-            "validation_mtp_agreement": self.validation.mtp_agreement,
-            "validation_mtp_chance": self.validation.mtp_chance, "validation_max_vio": self.validation.max_vio})
-        self.timer.resume()
+        with self.timer.paused():
+            validation, averaged = self.scores = self.score(state)
+        record = {
+            "step": step, "tokens": progress.tokens, "validation_bits_per_byte": validation.bits_per_byte,
+            "validation_mtp_agreement": validation.mtp_agreement,
+            "validation_mtp_chance": validation.mtp_chance, "validation_max_vio": validation.max_vio}
+        if averaged:
+            record["validation_ema_bits_per_byte"] = averaged.bits_per_byte
+        self.write(record)
+
+    def score(self, state: TrainState) -> tuple[Validation, Validation | None]:
+        """Validation of the weights, and of their moving average (with the same routing biases) if the run keeps it."""
+        averaged = self.ema and self.validate(place_like(self.ema.average(), state.params), state.routing)
+        return self.validate(state.params, state.routing), averaged
 
     def is_good(self, state: TrainState) -> bool:
         """Whether the last step was; in a bad streak the older checkpoints must not be pushed out by newer ones."""
@@ -297,8 +312,6 @@ class _Run:
     def save(self, state: TrainState, progress: Progress) -> None:
         """Metrics of all steps so far are on disk before the checkpoint that a continued run starts from."""
         self.log(state)
-        self.timer.pause()
-        tokenizer, data = self.prepared.tokenizer.to_json(), self.prepared.manifest["files"]
-        checkpoint = Checkpoint(state, self.ema and self.ema.average(), progress)
-        self.checkpoints.save(checkpoint, Description(self.config, tokenizer, data))
-        self.timer.resume()
+        description = Description(self.config, self.prepared.tokenizer.to_json(), self.prepared.manifest["files"])
+        with self.timer.paused():
+            self.checkpoints.save(Checkpoint(state, self.ema and self.ema.average(), progress), description)

@@ -42,7 +42,7 @@ class MetricsWriter:
         path = workdir / "metrics.jsonl"
         kept = [record for record in read_metrics(path) if record["step"] <= step]
         fresh = path.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        fresh.write_text("".join(_line(record) for record in kept))
         fresh.replace(path)
         self._file = path.open("ab", buffering=0)
         self._waiting = b""
@@ -57,11 +57,11 @@ class MetricsWriter:
             self._board.close()
 
     def write(self, *records: Mapping[str, Any]) -> None:
-        """One line each; numbers, and lists of numbers by index, also become TensorBoard scalars (loads do not).
+        """One line each, `null` for a number that is not finite; numbers, and lists of numbers by index, also become TensorBoard scalars (loads do not).
 
         Lines that a full disk refuses are reported, kept, and written with the next ones; TensorBoard is given up then.
         """
-        self._waiting += "".join(json.dumps(record) + "\n" for record in records).encode()
+        self._waiting += "".join(map(_line, records)).encode()
         try:
             self._append()
             if self._board:
@@ -95,14 +95,31 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; none if it does not exist, and not a last line that was cut off.
+    """The records of a `metrics.jsonl`, with NaN for `null`; none if there is no file, no last line that was cut off.
 
     Raises `UserError` for a damaged line before the last.
     """
     lines = path.read_text().splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
-            yield json.loads(line)
+            yield {name: _number(value) for name, value in json.loads(line).items()}
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise UserError(f"line {number} of {path} is damaged; mend or delete it") from error
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps({name: _json(value) for name, value in record.items()}, allow_nan=False) + "\n"
+
+
+def _json(value: Any) -> Any:
+    """JSON has no word for a number that is not finite."""
+    if isinstance(value, list):
+        return [_json(item) for item in value]
+    return value if math.isfinite(value) else None
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    return math.nan if value is None else value

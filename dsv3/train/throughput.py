@@ -1,6 +1,8 @@
 """Model FLOP utilisation: useful arithmetic per second over what the device could do."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 
@@ -48,6 +50,13 @@ class Timer:
         if self._since is not None:
             self.seconds += time.perf_counter() - self._since
         self._since = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around something that is not training."""
+        self.pause()
+        yield
+        self.resume()
 
     def take(self) -> float:
         """Tokens per second since the last call."""

@@ -12,7 +12,7 @@ from small_runs import read_lines, small_config, write_corpus
 from dsv3.config import UserError
 from dsv3.model.ops import reference_ops
 from dsv3.train.loop import train
-from dsv3.train.metrics import MetricsWriter
+from dsv3.train.metrics import MetricsWriter, read_metrics
 
 OPS = reference_ops(row_block=8, loss_chunk=64)
 
@@ -60,6 +60,8 @@ def test_a_run_leaves_metrics_plots_and_checkpoints(corpus, tmp_path):
     assert any(record.get("tokens_per_second", 0) > 0 and 0 < record["mfu"] < 1 for record in steps)
     validation = [record["validation_bits_per_byte"] for record in records if "validation_bits_per_byte" in record]
     assert len(validation) == 2 and validation[-1] == result.validation.bits_per_byte
+    averaged = [record["validation_ema_bits_per_byte"] for record in records if "validation_bits_per_byte" in record]
+    assert averaged[-1] == result.ema_validation.bits_per_byte != validation[-1]
     for name in ("loss.png", "expert_load.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").glob("events*"))
@@ -107,6 +109,17 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path):
     with pytest.raises(UserError, match="line 2"):
         MetricsWriter(tmp_path, 3)
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+
+
+def test_a_number_that_is_not_finite_is_null_on_disk_and_nan_when_read(tmp_path):
+    """Readers of strict JSON must get through; a run that continues sees what it would have seen."""
+    with MetricsWriter(tmp_path, 0) as writer:
+        writer.write({"step": 1, "loss": np.inf, "max_vio": [0.5, np.nan], "load": [[1, 2]], "loss_spike": True})
+    strict = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert strict == {"step": 1, "loss": None, "max_vio": [0.5, None], "load": [[1, 2]], "loss_spike": True}
+    with MetricsWriter(tmp_path, 1):  # rewrites what it has read
+        [record] = read_metrics(tmp_path / "metrics.jsonl")
+    assert np.isnan(record["loss"]) and np.isnan(record["max_vio"][1]) and record["loss_spike"] is True
 
 
 def test_a_batch_ramp_grows_the_number_of_micro_batches(corpus, tmp_path):
