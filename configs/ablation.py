@@ -1,8 +1,8 @@
 """What the report claims for bias balancing and for multi-token prediction, at a size where a run takes a minute.
 
 Source: report sections 4.5.1 and 4.5.2 (tables 4 and 5); ours in every size. 64 experts of which 8 are active, as in
-configs/small_moe.py, whose data this shares; 120M parameters, 13M tokens. `VARIANTS` are read by experiments/ablate.py.
-The bias moves ten times as fast as in the report: 400 steps of 0.001 would end before it has done its work. With a
+configs/small_moe.py, whose data this shares; 120M parameters, 20M tokens. `VARIANTS` are read by experiments/ablate.py.
+The bias moves ten times as fast as in the report: 600 steps of 0.001 would end before it has done its work. With a
 lambda of zero no gradient of the MTP module reaches the model: the module learns nothing and the model is one without.
 Command:
 python -m experiments.ablate --config=configs/ablation.py --workdir=runs/ablation --config.data.sources.0.files=CORPUS
@@ -27,7 +27,7 @@ from dsv3.config import (
     constant,
 )
 
-STEPS, BATCH, LENGTH = 400, 16, 2048
+STEPS, BATCH, LENGTH = 600, 16, 2048
 TOKENS = STEPS * BATCH * LENGTH
 
 VARIANTS = {
