@@ -1,6 +1,7 @@
-"""Where a non-finite number first appears: three programs, which tell of parameters, outputs and gradients only that.
+"""Where a non-finite number first appears, by three programs: for the parameters, the outputs and the gradients.
 
-Each is compiled once, however many layers and micro-batches there are, and keeps no array longer than a step does.
+Each is compiled once, however many layers and micro-batches there are, needs no more memory than a step, and returns
+only what is finite and what is not.
 """
 
 from collections import OrderedDict
