@@ -1,11 +1,13 @@
-"""sha256 of files, several at a time."""
+"""sha256 of files, several at a time, and of what JSON can hold."""
 
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -30,3 +32,8 @@ def file_digests(directory: Path, names: Sequence[str]) -> dict[str, str | None]
     with tqdm(total=size, desc="hashing", unit="B", unit_scale=True, delay=10) as progress, \
             ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(names, pool.map(functools.partial(_digest, progress), paths)))
+
+
+def json_digest(value: Any) -> str:
+    """sha256 (hex) of a JSON value, whatever its white space and the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

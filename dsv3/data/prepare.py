@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv3.config import DataConfig, UserError, differences, require, to_dict
+from dsv3.config import DataConfig, differences, require, to_dict
 from dsv3.data.build import build, validation_tokens
-from dsv3.data.digests import file_digests
+from dsv3.data.digests import file_digests, json_digest
 from dsv3.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
+SEAL = "sha256"  # of the rest of the manifest
 READ_LATER = ("eval_stride", "segment_ids")  # fields of DataConfig on which nothing prepared depends; weights too
 
 
@@ -87,29 +88,38 @@ def _build(config: DataConfig, seq_len: int, directory: Path) -> None:
         "files": file_digests(directory, sorted(
             path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())),
     }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+    sealed = manifest | {SEAL: json_digest(manifest)}
+    (directory / MANIFEST).write_text(json.dumps(sealed, indent=2) + "\n", "utf-8")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """What `_build` wrote, without its seal; `UserError` if anything in it has changed."""
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        intact = manifest.pop(SEAL) == json_digest(manifest)
+    except (ValueError, LookupError, TypeError, AttributeError):  # a changed byte can make anything of it
+        intact = False
+    require(intact, f"{str(path)!r} is damaged: it does not have the checksum that it tells; delete the directory to "
+            "prepare it again")
+    return manifest
 
 
 def _load(config: DataConfig, seq_len: int, directory: Path) -> Prepared:
     require((directory / MANIFEST).is_file(),
             f"{str(directory)!r} holds no prepared data ({MANIFEST} is missing); give an empty or new directory")
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text("utf-8"))
-        found, files, sources = manifest["config"], manifest["files"], manifest["sources"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{str(directory / MANIFEST)!r} is damaged ({error!r}); delete the directory to prepare it "
-                        "again") from error
-    changed = differences(found, _identity(config, seq_len))
+    manifest = _read_manifest(directory / MANIFEST)
+    changed = differences(manifest["config"], _identity(config, seq_len))
     require(not changed, f"{str(directory)!r} was prepared with other settings ({'; '.join(changed)}); use those, or "
             "give another directory")
-    for name, digest in file_digests(directory, list(files)).items():
-        require(digest == files[name], f"{str(directory / name)!r} is damaged: its sha256 is not the manifest's; "
-                "delete the directory to prepare it again")
+    for name, digest in file_digests(directory, list(manifest["files"])).items():
+        require(digest == manifest["files"][name], f"{str(directory / name)!r} is damaged: its sha256 is not the "
+                "manifest's; delete the directory to prepare it again")
     tokenizer = Tokenizer.from_json((directory / "tokenizer.json").read_text("utf-8"))
     validation = json.loads((directory / "validation.json").read_text("utf-8"))
     return Prepared(
         tokenizer=tokenizer,
-        sources=tuple(_shards(directory / f"source_{i}", source["shards"]) for i, source in enumerate(sources)),
+        sources=tuple(
+            _shards(directory / f"source_{i}", source["shards"]) for i, source in enumerate(manifest["sources"])),
         validation_documents=[validation_tokens(tokenizer, **document) for document in validation],
         validation_text=b"".join(document["text"].encode() for document in validation),
         manifest=manifest,

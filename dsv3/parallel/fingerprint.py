@@ -1,6 +1,9 @@
-"""64-bit fingerprints of arrays on the device: whether two copies of a state are the same, without moving them."""
+"""64-bit fingerprints of arrays where they are, on device or host: whether two copies of a state are the same."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import ModuleType
 
 import chex
 import jax
@@ -12,6 +15,15 @@ from jax.sharding import PartitionSpec as P
 from dsv3.config import UserError
 
 ODD = ((0x9E3779B1, 0x85EBCA6B), (0xC2B2AE35, 0x27D4EB2F))  # well mixed odd constants, a pair for each half
+PIECE = 1 << 17
+"""Elements that a worker on the host takes at a time: its few temporary arrays of 512 KB stay in the core's cache."""
+
+
+def _halves(xp: ModuleType, words: chex.Array, index: chex.Array) -> chex.Array:
+    """The formula of `fingerprint_array`, in NumPy or in jnp: the two must never differ."""
+    return xp.stack([
+        xp.sum((words ^ (index * np.uint32(a))) * ((index * np.uint32(b)) | np.uint32(1)), dtype=np.uint32)
+        for a, b in ODD])
 
 
 def _words(array: jax.Array) -> jax.Array:
@@ -38,15 +50,30 @@ def fingerprint_array(array: jax.Array) -> jax.Array:
     Each term is a bijection of its element's bits, so one changed element always changes both halves; anything else
     goes unnoticed once in 2^64. The sum does not depend on how the array is divided over devices.
     """
-    words, index = _words(array), _positions(array.shape)
-    return jnp.stack([
-        jnp.sum((words ^ (index * jnp.uint32(a))) * ((index * jnp.uint32(b)) | jnp.uint32(1)), dtype=jnp.uint32)
-        for a, b in ODD])
+    return _halves(jnp, _words(array), _positions(array.shape))
 
 
 @jax.jit
-def _fingerprints(tree: chex.ArrayTree) -> list[jax.Array]:
-    return jax.tree.map(fingerprint_array, jax.tree.leaves(tree))
+def _on_device(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: fingerprint_array(array) for name, array in arrays.items()}
+
+
+def _on_host(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`fingerprint_array` of every array, in pieces on all cores: a sum over elements can be taken in any order."""
+    assert all(array.dtype.itemsize <= 4 for array in arrays.values()), "a NumPy array has more than 32 bits an element"
+    words = {name: array.reshape(-1).view(f"uint{8 * array.dtype.itemsize}") for name, array in arrays.items()}
+    places = [(name, start) for name, array in words.items() for start in range(0, array.size, PIECE)]
+
+    def piece(place: tuple[str, int]) -> np.ndarray:
+        name, start = place
+        part = words[name][start:start + PIECE].astype(np.uint32, copy=False)
+        return _halves(np, part, np.arange(start, start + part.size).astype(np.uint32))
+
+    sums = {name: np.zeros(2, np.uint32) for name in arrays}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (name, _), halves in zip(places, pool.map(piece, places), strict=True):
+            sums[name] += halves
+    return sums
 
 
 def leaf_names(tree: chex.ArrayTree) -> list[str]:
@@ -54,10 +81,12 @@ def leaf_names(tree: chex.ArrayTree) -> list[str]:
 
 
 def fingerprints(tree: chex.ArrayTree) -> dict[str, str]:
-    """Path of every leaf -> its fingerprint, 16 hexadecimal digits."""
-    halves = jax.device_get(_fingerprints(tree))
-    return {name: f"{int(high):08x}{int(low):08x}"
-            for name, (high, low) in zip(leaf_names(tree), halves, strict=True)}
+    """Path of every leaf -> its fingerprint, 16 hexadecimal digits. NumPy leaves are not sent to the device."""
+    leaves = dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+    host = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, (np.ndarray, np.generic))}
+    device = _on_device({name: leaf for name, leaf in leaves.items() if name not in host})  # while the host computes
+    halves = _on_host(host) | jax.device_get(device)
+    return {name: "".join(f"{int(half):08x}" for half in halves[name]) for name in leaves}
 
 
 def replica_fingerprints(mesh: Mesh, tree: chex.ArrayTree) -> np.ndarray:

@@ -1,6 +1,11 @@
-"""Where a non-finite number first appears: the model walked module by module, without jit over the whole."""
+"""Where a non-finite number first appears, by three programs: for the parameters, the outputs and the gradients.
 
-from collections.abc import Iterator
+Each is compiled once, however many layers and micro-batches there are, needs no more memory than a step, and returns
+only what is finite and what is not.
+"""
+
+from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import chex
@@ -14,47 +19,70 @@ from dsv3.model.mtp import MTP, mtp_inputs
 from dsv3.model.transformer import Transformer
 
 
-def is_finite(tree: Any) -> bool:
-    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree)
-               if jnp.issubdtype(leaf.dtype, jnp.floating))
+def _finite(array: jax.Array, *, stacked: bool = False) -> jax.Array:
+    """Whether all elements are finite, or, of an array stacked by layer, [L]."""
+    return jnp.all(jnp.isfinite(array), axis=tuple(range(int(stacked), array.ndim)))
 
 
-def outputs(model: Transformer, variables: dict[str, Any], batch: Batch, segment_mask: bool) -> Iterator[tuple]:
-    """(name, output) of every module in the order of the forward pass: `moe_layers[3].attn`, `mtp_0`, `loss`."""
+@jax.jit
+def _values(tree: chex.ArrayTree) -> chex.ArrayTree:
+    return jax.tree.map(_finite, tree)
+
+
+@partial(jax.jit, static_argnames=("model", "segment_mask"))
+def _outputs(
+    model: Transformer, variables: dict[str, Any], batch: Batch, segment_mask: bool,
+) -> OrderedDict[str, jax.Array]:
+    """Whether the output of every module is finite, in forward order: `moe_layers[3].attn`, `mtp_0`, `mtp_0, head`."""
     config, ops = model.config, model.ops
-    bound = model.bind(variables)
+    bound, found = model.bind(variables), OrderedDict()  # a dict would come back sorted by name
     context = bound.training_context(batch, segment_mask)
+
+    def layer(x_BTD: jax.Array, own: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params, routing = own["params"], own["routing"]
+        attended_BTD, _ = MLA(config, ops).apply({"params": params["attn"]}, x_BTD, context, None)
+        x_BTD = x_BTD + attended_BTD
+        if "mlp" in params:
+            part, y_BTD = "mlp", MLP(config, ops).apply({"params": params["mlp"]}, x_BTD)
+        else:
+            moe = {"params": params["moe"], "routing": (routing or {}).get("moe", {})}
+            part, (y_BTD, _) = "moe", MoE(config, ops).apply(moe, x_BTD, context.valid_BT)
+        return x_BTD + y_BTD, {"attn": _finite(attended_BTD), part: _finite(y_BTD)}  # "attn" sorts first
+
+    def loss(hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+        flat = lambda array: array.reshape(-1, *array.shape[2:])
+        return ops.loss(flat(hidden_BTD), variables["params"]["head"], flat(targets_BT), flat(weights_BT)).total
+
     x_BTD = bound.embedded(batch.tokens_BT)
-    yield "embed", x_BTD
-    for name, feed_forward in (("dense_layers", "mlp"), ("moe_layers", "moe")):
-        stacked = {collection: tree.get(name) for collection, tree in variables.items()}
-        depth = len(jax.tree.leaves(stacked["params"])[0]) if stacked["params"] else 0
-        for layer in range(depth):
-            params, routing = (jax.tree.map(lambda a: a[layer], stacked[part]) for part in ("params", "routing"))
-            attended_BTD, _ = MLA(config, ops).apply({"params": params["attn"]}, x_BTD, context, None)
-            yield f"{name}[{layer}].attn", attended_BTD
-            x_BTD = x_BTD + attended_BTD
-            if feed_forward == "mlp":
-                y_BTD = MLP(config, ops).apply({"params": params["mlp"]}, x_BTD)
-            else:
-                layer_variables = {"params": params["moe"], "routing": (routing or {}).get("moe", {})}
-                y_BTD, _ = MoE(config, ops).apply(layer_variables, x_BTD, context.valid_BT)
-            yield f"{name}[{layer}].{feed_forward}", y_BTD
-            x_BTD = x_BTD + y_BTD
+    found["embed"] = _finite(x_BTD)
+    for run in ("dense_layers", "moe_layers"):
+        if run not in variables["params"]:
+            continue
+        x_BTD, finite = jax.lax.scan(layer, x_BTD, {name: tree.get(run) for name, tree in variables.items()})
+        for index in range(len(finite["attn"])):
+            found |= {f"{run}[{index}].{part}": finite_L[index] for part, finite_L in finite.items()}
     normed_BTD = bound.final_norm(x_BTD)
-    yield "norm", normed_BTD
-    flat = lambda array: array.reshape(-1, *array.shape[2:])
-    loss = lambda hidden_BTD, targets_BT, weights_BT: ops.loss(
-        flat(hidden_BTD), variables["params"]["head"], flat(targets_BT), flat(weights_BT)).total
-    yield "head", loss(normed_BTD, batch.targets_BT, batch.weights_BT)
-    hidden_BTD = bound.first_hidden(x_BTD, normed_BTD)
+    found["norm"] = _finite(normed_BTD)
+    found["head"] = _finite(loss(normed_BTD, batch.targets_BT, batch.weights_BT))
     for index in range(config.mtp.depth):
         name, inputs = f"mtp_{index}", mtp_inputs(batch, index + 1)
+        hidden_BTD, embedded_BTD = bound.first_hidden(x_BTD, normed_BTD), bound.embedded(inputs.tokens_BT)
         own = {part: tree[name] for part, tree in variables.items() if name in tree}
-        x_BTD, normed_BTD, _ = MTP(config, ops).apply(own, hidden_BTD, bound.embedded(inputs.tokens_BT), context)
-        yield name, normed_BTD
-        yield f"{name}, head", loss(normed_BTD, inputs.targets_BT, inputs.weights_BT)
-        hidden_BTD = bound.first_hidden(x_BTD, normed_BTD)
+        x_BTD, normed_BTD, _ = MTP(config, ops).apply(own, hidden_BTD, embedded_BTD, context)
+        found[name] = _finite(normed_BTD)
+        found[f"{name}, head"] = _finite(loss(normed_BTD, inputs.targets_BT, inputs.weights_BT))
+    return found
+
+
+@partial(jax.jit, static_argnames=("model", "segment_mask"))
+def _gradients(model: Transformer, variables: dict[str, Any], batch: Batch, segment_mask: bool) -> chex.ArrayTree:
+    """For every parameter whether its gradient is finite, or [L] where layers are stacked."""
+    def total(params: chex.ArrayTree) -> jax.Array:
+        losses = model.apply(variables | {"params": params}, batch, segment_mask)
+        return losses.main + jnp.sum(losses.mtp_D) + losses.balance
+
+    return jax.tree.map_with_path(
+        lambda path, leaf: _finite(leaf, stacked=path[0].key.endswith("_layers")), jax.grad(total)(variables["params"]))
 
 
 def first_nonfinite(
@@ -64,29 +92,18 @@ def first_nonfinite(
 
     Gradients flow from the loss down, so the culprit is the module nearest to it: the last in the order of the model.
     """
-    for path, leaf in jax.tree.leaves_with_path({"params": params, "routing": routing}):
-        if not is_finite(leaf):
-            return f"the values of {jax.tree_util.keystr(path, simple=True, separator='/')}"
     variables = {"params": params, "routing": routing}
-    for name, output in outputs(model, variables, batch, segment_mask):
-        if not is_finite(output):
+    for path, finite in jax.tree.leaves_with_path(jax.device_get(_values(variables))):
+        if not finite:
+            return f"the values of {jax.tree_util.keystr(path, simple=True, separator='/')}"
+    for name, finite in jax.device_get(_outputs(model, variables, batch, segment_mask)).items():
+        if not finite:
             return f"the output of {name}"
-    return _first_gradient(model, variables, batch, segment_mask)
-
-
-def _first_gradient(model: Transformer, variables: dict, batch: Batch, segment_mask: bool) -> str | None:
-    """Of the parameters whose gradient is not finite, the one nearest to the loss."""
-    def total(params):
-        losses = model.apply(variables | {"params": params}, batch, segment_mask)
-        return losses.main + jnp.sum(losses.mtp_D) + losses.balance
-
-    grads = jax.grad(total)(variables["params"])
     found = []
-    for path, leaf in jax.tree.leaves_with_path(grads):
+    for path, finite in jax.tree.leaves_with_path(jax.device_get(_gradients(model, variables, batch, segment_mask))):
         run, inner = path[0].key, "/".join(key.key for key in path[1:])
-        layers = range(leaf.shape[0]) if run.endswith("_layers") else (None,)
-        for layer in layers:
-            if not is_finite(leaf if layer is None else leaf[layer]):
+        for layer, good in enumerate(finite) if finite.ndim else [(None, finite)]:
+            if not good:
                 name = f"{run if layer is None else f'{run}[{layer}]'}{'.' if inner else ''}{inner}"
                 found.append((_distance(run, layer, inner), name))
     return f"the gradient of {min(found)[1]}" if found else None

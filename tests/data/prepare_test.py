@@ -227,6 +227,38 @@ def test_a_damaged_manifest_and_a_foreign_directory_are_refused(config, director
     assert (directory / "source_0" / "tokens_00000.npy").exists()
 
 
+def test_a_flipped_bit_of_the_manifest_is_found_or_changes_nothing(config, directory):
+    """Also where no file disagrees with it: in counts, in settings, in the seal and its name."""
+    path = directory / "manifest.json"
+    original, expected = path.read_bytes(), prepare(config, SEQ_LEN, directory).manifest
+    rng, found = np.random.default_rng(0), 0
+    for position in rng.choice(len(original), 300, replace=False):
+        for bit in range(8):
+            content = bytearray(original)
+            content[position] ^= 1 << bit
+            path.write_bytes(content)
+            try:
+                assert prepare(config, SEQ_LEN, directory).manifest == expected
+            except UserError as error:
+                assert "manifest.json' is damaged" in str(error)
+                found += 1
+    assert found > 2000
+
+
+def test_a_manifest_with_another_count_or_without_a_seal_is_damaged(config, directory):
+    path = directory / "manifest.json"
+    sealed = json.loads(path.read_text("utf-8"))
+    changed = json.loads(path.read_text("utf-8"))
+    changed["sources"][0]["train"]["tokens"] += 1
+    unsealed = {name: value for name, value in sealed.items() if name != "sha256"}
+    for content in (changed, unsealed, [], None, 1.5, "text"):
+        path.write_text(json.dumps(content), "utf-8")
+        with pytest.raises(UserError, match="manifest.json' is damaged"):
+            prepare(config, SEQ_LEN, directory)
+    path.write_text(json.dumps(dict(reversed(sealed.items())), indent=8), "utf-8")  # the same content, set otherwise
+    assert prepare(config, SEQ_LEN, directory).manifest == unsealed
+
+
 @pytest.mark.parametrize("module, victim", [
     (build_module, "pack"), (build_module, "assemble"), (build_module, "choose_validation"),
     (prepare_module, "file_digests")])

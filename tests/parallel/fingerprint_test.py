@@ -1,4 +1,7 @@
-"""Fingerprints: any changed bit shows, the division over devices does not."""
+"""Fingerprints: any changed bit shows, the division over devices and the place do not."""
+
+import math
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from tiny_models import mesh_of
 
+from dsv3.parallel import fingerprint
 from dsv3.parallel.fingerprint import fingerprint_array, fingerprints
 from dsv3.parallel.mesh import place_global
 
@@ -42,6 +46,35 @@ def test_two_exchanged_elements_show(first, second):
     exchanged[[first, second]] = exchanged[[second, first]]
     same = fingerprints({"a": jnp.asarray(array)}) == fingerprints({"a": jnp.asarray(exchanged)})
     assert same == (first == second)
+
+
+SHAPES = [(), (0,), (3, 0), (1,), (7,), (2, 3, 5), (1, 1), (4, 64)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(dtype=st.sampled_from([*DTYPES, "uint8", "float8_e4m3fn"]), shape=st.sampled_from(SHAPES), data=st.data())
+def test_host_and_device_agree(dtype, shape, data):
+    """In any layout and for any division into pieces, special values, empty arrays and scalars included."""
+    array = np.frombuffer(data.draw(st.binary(min_size=4 * math.prod(shape), max_size=4 * math.prod(shape))), np.uint32)
+    array = array.astype(f"uint{8 * jnp.dtype(dtype).itemsize}")
+    array = (array % 2 == 1 if dtype == "bool" else array.view(jnp.dtype(dtype))).reshape(shape)
+    array = data.draw(st.sampled_from([array, array.T, array[()], np.asfortranarray(array)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprint, "PIECE", data.draw(st.sampled_from([1, 3, 8, fingerprint.PIECE])))
+        assert fingerprints({"a": array}) == fingerprints({"a": jnp.asarray(array)})
+
+
+def test_numpy_arrays_stay_on_the_host_and_need_little_memory(monkeypatch):
+    monkeypatch.setattr(fingerprint.os, "cpu_count", lambda: 2)
+    seen = []
+    monkeypatch.setattr(fingerprint, "_on_device", lambda arrays: seen.extend(arrays) or arrays)
+    large = np.ones(16 * 2**20, np.float32)  # 64 MB
+    tracemalloc.start()
+    found = fingerprints({"host": large, "device": jnp.zeros(2, jnp.uint32)})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seen == ["device"] and list(found) == ["device", "host"]
+    assert peak < 2**23  # two workers, each a few arrays of a piece
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,6 +13,7 @@ from tiny_models import model_config, random_batch, random_variables, recipe_of,
 from dsv3.config import UserError
 from dsv3.model.ops import Ops, reference_ops
 from dsv3.model.transformer import Transformer
+from dsv3.train import diagnosis
 from dsv3.train.diagnosis import first_nonfinite
 from dsv3.train.loop import train
 from dsv3.train.step import Knobs, make_train_step
@@ -94,6 +95,54 @@ def test_a_bad_layer_of_a_stack_and_a_bad_parameter_are_named_and_a_good_model_i
     variables["params"]["moe_layers"]["attn"]["norm"] = gain.at[1].set(3e38)  # finite, but its product is not
     found = first_nonfinite(model, variables["params"], variables["routing"], batch, False)
     assert found == "the output of moe_layers[1].attn"
+
+
+def test_every_layer_and_part_is_told_apart():
+    """A NaN that a parameter brings into one part of one layer: that part is the first, whatever comes after it."""
+    config = model_config(n_layers=5, n_dense_layers=2)
+    variables, batch, model = random_variables(config), random_batch(config), transformer(config)
+    expected = [f"{run}[{layer}].{part}" for run, parts, depth in (
+        ("dense_layers", ("attn", "mlp"), 2), ("moe_layers", ("attn", "moe"), 3)) for layer in range(depth)
+        for part in parts]
+    names = ["embed", *expected, "norm", "head", "mtp_0", "mtp_0, head"]
+    for name in expected:
+        run, layer, part = name.replace("[", " ").replace("].", " ").split()
+        params = jax.tree.map(lambda leaf: leaf, variables["params"])
+        params[run][part]["norm"] = params[run][part]["norm"].at[int(layer)].set(jnp.nan)
+        found = diagnosis._outputs(model, variables | {"params": params}, batch, False)
+        assert list(found) == names
+        assert [name for name, finite in found.items() if finite] == names[:names.index(name)]
+
+
+def test_layers_and_micro_batches_share_their_programs():
+    """The model is traced as often for four layers as for one, and not again for the next micro-batch."""
+    ops, calls = reference_ops(row_block=4, loss_chunk=8), []
+
+    def experts(*arguments):
+        calls.append(1)
+        return ops.experts(*arguments)
+
+    counted = dataclasses.replace(ops, experts=experts)
+    one, four = (Transformer(dataclasses.replace(ONE_LAYER, n_layers=n), counted) for n in (1, 4))
+    variables = random_variables(four.config)
+    for program in (diagnosis._outputs, diagnosis._gradients):
+        program.lower(four, variables, random_batch(four.config), False)
+    traced, variables = len(calls), random_variables(one.config)
+    for seed in range(3):
+        batch = random_batch(one.config, seed=seed)
+        assert first_nonfinite(one, variables["params"], variables["routing"], batch, False) is None
+    assert 0 < traced == len(calls) - traced
+
+
+@pytest.mark.slow
+def test_it_needs_no_more_memory_than_a_step():
+    config = dataclasses.replace(ONE_LAYER, n_layers=5, dim=96, remat="report")
+    variables, batch, model = random_variables(config), random_batch(config), transformer(config)
+    temporary = lambda program, *inputs: program.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+    batches = jax.tree.map(lambda a: a[None], batch)
+    step = temporary(make_train_step(recipe_of(model, TRAIN)), train_state(variables, TRAIN), batches, KNOBS)
+    assert temporary(diagnosis._gradients, model, variables, batch, False) <= step
+    assert temporary(diagnosis._outputs, model, variables, batch, False) <= step / 2
 
 
 @pytest.mark.slow
