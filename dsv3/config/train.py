@@ -66,9 +66,9 @@ class OptimizerConfig(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig(Node):
-    """Exponential moving average of the weights, on the host: decay * average + (1 - decay) * weights, every few steps.
+    """Exponential moving average of the weights, on the host, corrected for its start (`train/ema.py`).
 
-    The report keeps one and states neither number (section 3.2.3).
+    It spans about every / (1 - decay) steps. The report keeps one and states neither number (section 3.2.3).
     """
 
     decay: float
