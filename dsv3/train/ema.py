@@ -52,7 +52,10 @@ class HostEMA:
         return self._average.result()
 
     def _blend(self, average: chex.ArrayTree, copy: chex.ArrayTree, number: int) -> chex.ArrayTree:
-        """The average after update `number`, a new tree, not in place (a checkpoint may still be writing the old one), in pieces on all cores."""
+        """The average after update `number`, in pieces on all cores.
+
+        A new tree, not in place: a checkpoint may still be writing the old one.
+        """
         weights = jax.tree.map(np.asarray, copy)
         new = jax.tree.map(lambda old: np.empty(old.shape, np.float32), average)
         flat = [[leaf.reshape(-1) for leaf in jax.tree.leaves(tree)] for tree in (average, weights, new)]

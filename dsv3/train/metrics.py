@@ -57,7 +57,9 @@ class MetricsWriter:
             self._board.close()
 
     def write(self, *records: Mapping[str, Any]) -> None:
-        """One line each, `null` for a number that is not finite; numbers, and lists of numbers by index, also become TensorBoard scalars (loads do not).
+        """One line each, with `null` for a number that is not finite.
+
+        Numbers, and lists of numbers by index, also become TensorBoard scalars (loads do not).
 
         Lines that a full disk refuses are reported, kept, and written with the next ones; TensorBoard is given up then.
         """
