@@ -6,12 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from processes import ROOT, alive, environment, launch_local, pids, started, wait_until
+from processes import HEARTBEAT, ROOT, alive, environment, launch_local, pids, started, wait_until
 
 from dsv3.config import UserError
 from experiments.launch_local import gpus
 
-HEARTBEAT = 5
 PID = "import os, pathlib; pathlib.Path(f'pid_{os.environ[\"DSV3_PROCESS_ID\"]}').write_text(str(os.getpid()));"
 
 
