@@ -1,6 +1,6 @@
 """A job for tests of checkpoints: two processes save, one of them meets damage or a full disk.
 
-python tests/savers.py DIRECTORY damage | python tests/savers.py DIRECTORY full RANK BYTES.
+python tests/savers.py DIRECTORY damage | python tests/savers.py DIRECTORY full RANK BYTES [THEN_RAISES].
 """
 
 import resource
@@ -83,8 +83,11 @@ def damage(directory, mesh):
         checkpoint._verify = verify
 
 
-def full(directory, mesh, rank, size):
-    """A save of which one process cannot write files beyond `size` bytes, while all go on; then the next one."""
+def full(directory, mesh, rank, size, then_raises=None):
+    """A save of which one process cannot write files beyond `size` bytes, while all go on; then the next one.
+
+    Or, in between, one process raises an error for which the others wait in vain.
+    """
     with Checkpoints(directory / "saved", keep=3) as checkpoints:
         save(checkpoints, mesh, 1)
         checkpoints.wait()
@@ -94,6 +97,10 @@ def full(directory, mesh, rank, size):
         save(checkpoints, mesh, 2)
         time.sleep(1)
         print("steps are done", flush=True)
+        if jax.process_index() == then_raises:
+            raise ValueError("this process fails")
+        if then_raises is not None:
+            barrier("next step", 600)
         save(checkpoints, mesh, 3)
     print("all saved", flush=True)
 

@@ -37,3 +37,15 @@ def test_a_save_that_fails_on_one_process_ends_the_job(tmp_path, rank, size):
     assert all("all saved" not in output.read_text() for output in outputs)
     assert [path.name for path in (tmp_path / "saved" / "checkpoints").glob("[0-9]*") if path.name.isdigit()] == ["1"]
     print(f"the other ended {took:.1f} s later, heartbeat {HEARTBEAT} s")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_an_error_does_not_wait_for_a_save_that_cannot_finish(tmp_path):
+    """Its part of the save failed on process 0, which does not know yet and waits for process 1 elsewhere."""
+    with job(tmp_path, ["tests/savers.py", str(tmp_path), "full", "0", "60000", "1"], size=2) as (ranks, outputs):
+        wait_until(lambda: "steps are done" in outputs[1].read_text(), 60, "the second save starts")
+        assert ranks[1].wait(5) == 1
+        wait_until(lambda: ranks[0].poll() is not None, 2 * HEARTBEAT + 5, "the other ends")
+        assert ranks[0].returncode != 0
+    assert outputs[1].read_text().rstrip().endswith("ValueError: this process fails")
