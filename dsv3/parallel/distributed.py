@@ -1,7 +1,8 @@
 """Many processes as one job: who takes part, found in the environment; meeting points; and failing together.
 
 A job is fail-stop: a process that dies takes the others with it within a heartbeat, and whoever started them starts all
-of them again from the newest checkpoint (`experiments/launch_local.py`, Slurm's requeue, a Kubernetes JobSet).
+of them again from the newest checkpoint (`experiments/launch_local.py`, a Slurm script that requeues its job, a
+Kubernetes JobSet).
 """
 
 import os

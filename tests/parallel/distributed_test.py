@@ -11,6 +11,7 @@ from processes import HEARTBEAT, ROOT, environment, job, wait_until
 
 from dsv3.config import UserError
 from dsv3.parallel.distributed import Launch, barrier, detect, is_main
+from experiments.launch import MISTAKE
 
 EXPLICIT = {"DSV3_COORDINATOR": "node0:1234", "DSV3_NUM_PROCESSES": "4", "DSV3_PROCESS_ID": "3"}
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8",
@@ -85,7 +86,7 @@ def test_a_launcher_prints_a_bad_environment_on_one_line(more, words):
     run = subprocess.run(
         [sys.executable, "-m", "experiments.pretrain", "--config=configs/tiny.py", "--workdir=unused"], cwd=ROOT,
         env=environment(**more), capture_output=True, text=True, timeout=60)
-    assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+    assert run.returncode == MISTAKE and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
     assert words in run.stderr
 
 
