@@ -12,6 +12,8 @@ from absl import app, flags, logging
 from dsv3.config import Config, UserError, override, require
 
 PREFIX = "--config."
+MISTAKE = 2
+"""Exit status of what a restart by itself cannot mend: a bad flag, another configuration, damage, bad numbers."""
 
 
 def load_module(path: str) -> ModuleType:
@@ -43,9 +45,9 @@ def load_config(path: str, overrides: Sequence[str]) -> Config:
 
 
 def fail(error: Exception) -> None:
-    """Print a mistake of the user, or of the machine (a full disk, a missing permission), on one line; exit with 1."""
+    """Print an error on one line and exit: `MISTAKE`, or 1 for an `OSError` (a full disk, a host that is away)."""
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(1 if isinstance(error, OSError) else MISTAKE)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -65,7 +67,7 @@ def gpu_settings() -> None:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """`app.run`, with `--config.FIELD=VALUE` arguments handed to `main` and a `UserError` printed on one line.
+    """`app.run`, with `--config.FIELD=VALUE` arguments handed to `main` and a `UserError` printed on one line (`fail`).
 
     Joins the other processes of a job first (`dsv3/parallel/distributed.py`).
     """

@@ -1,5 +1,7 @@
 """Run a command as one job of many processes on this machine, and start all of them again when one dies.
 
+Not after a mistake of the user (exit status 2), which would come again.
+
 python -m experiments.launch_local --processes=4 -- python -m experiments.pretrain --config=... --workdir=...
 
 Rank 0 writes to the terminal, every rank to LOGS/ATTEMPT/rank_N.log. SIGTERM and SIGINT go to all ranks.
@@ -22,7 +24,7 @@ from typing import NamedTuple
 from absl import flags
 
 from dsv3.config import UserError, require
-from experiments.launch import fail, parse_flags
+from experiments.launch import MISTAKE, fail, parse_flags
 
 PROCESSES = flags.DEFINE_integer("processes", None, "how many processes the job has", required=True, lower_bound=1)
 MAX_RESTARTS = flags.DEFINE_integer(
@@ -150,9 +152,10 @@ class Job:
     def failure(self) -> Failure | None:
         """Of the ranks that failed so far, the likeliest culprit.
 
-        A rank that was killed, before one that fails because its peer is gone, before one that JAX aborted for that.
+        A rank with a mistake of the user, before one that was killed, before one that fails because its peer is gone,
+        before one that JAX aborted for that.
         """
-        order = lambda status: 2 if status == -signal.SIGABRT else int(status > 0)
+        order = lambda status: (status != MISTAKE, status == -signal.SIGABRT, status > 0)
         failed = [(order(status), rank, status)
                   for rank, status in enumerate(self.statuses()) if status not in (None, 0)]
         if not failed:
@@ -210,7 +213,10 @@ def attempt(command: Sequence[str], log_dir: Path, stop: Stop) -> Failure | None
 
 
 def supervise(command: Sequence[str], log_dir: Path) -> int:
-    """Attempts until one succeeds, `--max_restarts` in a row have failed, or a signal ends it. Returns the status."""
+    """Attempts until one succeeds, `--max_restarts` in a row have failed, or a mistake or a signal ends it.
+
+    Returns the exit status.
+    """
     stop, restarts = Stop(), 0
     for number in range(sys.maxsize):
         say(f"starting {PROCESSES.value} processes, output in {log_dir / str(number)}")
@@ -226,10 +232,11 @@ def supervise(command: Sequence[str], log_dir: Path) -> int:
             return status
         if time.monotonic() - start >= HEALTHY_SECONDS.value:
             restarts = 0
-        if restarts == MAX_RESTARTS.value:
+        if failure.status == MISTAKE or restarts == MAX_RESTARTS.value:
             lines = failure.log.read_text("utf-8", "replace").splitlines()[-LAST_LINES:]
             say("\n    ".join([f"the last lines of rank {failure.rank}:", *lines]))
-            say(f"rank {failure.rank} {describe(failure.status)}, after {restarts} restarts; giving up")
+            reason = "which no restart mends" if failure.status == MISTAKE else f"after {restarts} restarts"
+            say(f"rank {failure.rank} {describe(failure.status)}, {reason}; giving up")
             return status
         pause = min(BACKOFF_SECONDS.value * 2**restarts, 60.0)
         restarts += 1

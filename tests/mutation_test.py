@@ -73,7 +73,7 @@ MUTATIONS = [
              "(params, routing, batch, knobs, jnp.sum(batch.weights_BT), sequences)\n\n        def acc",
              "tests/train/step_test.py::test_micro_batches_give_the_step_of_the_whole_batch"),
     Mutation("loads of one device returned as if they were all", "train/step.py",
-             "jax.tree.map(reduce, grads, specs), meshes.psum(losses)",
+             "jax.tree.map(reduce, grads, specs), jax.lax.psum(losses, meshes.DATA)",
              "jax.tree.map(reduce, grads, specs), losses",
              "tests/parallel/mesh_test.py::"
              "test_gradients_and_losses_of_several_devices_are_those_of_one[2]"),

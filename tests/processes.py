@@ -8,7 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+from experiments.launch_local import free_port
+
 ROOT = Path(__file__).parents[1]
+HEARTBEAT = 5
 
 
 def environment(**more):
@@ -29,6 +32,17 @@ def started(command, output, **environ):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@contextlib.contextmanager
+def job(directory, code, size=4):
+    """Ranks that run `code` (a file's arguments, or a program) without a supervisor, and their output's files."""
+    port, outputs = free_port(), [directory / f"output_{rank}" for rank in range(size)]
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(started(
+            [sys.executable, *code], outputs[rank], DSV3_COORDINATOR=f"127.0.0.1:{port}",
+            DSV3_NUM_PROCESSES=str(size), DSV3_PROCESS_ID=str(rank), DSV3_HEARTBEAT_SECONDS=str(HEARTBEAT),
+            JAX_COORDINATOR_BIND_ADDRESS=f"127.0.0.1:{port}")) for rank in range(size)], outputs
 
 
 def launch_local(*arguments, command):

@@ -4,7 +4,7 @@
 class UserError(ValueError):
     """A mistake in what the user gave: says what was given, what was expected and what to do.
 
-    Launchers print it on one line and exit with status 1; anything else is a bug and keeps its traceback.
+    Launchers print it on one line and exit with status 2; anything else is a bug and keeps its traceback.
     """
 
 

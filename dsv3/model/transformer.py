@@ -38,6 +38,15 @@ class Losses(NamedTuple):
     mtp_tokens_D: jax.Array
 
 
+def _of_depths(values: list[jax.Array]) -> jax.Array:
+    """Scalars of every MTP depth as one array [D]; without depths it is computed, as [0], rather than a constant.
+
+    `jnp.array([])` would be a constant, which an enclosing `shard_map` takes as an operand: XLA (jaxlib 0.11.2) removes
+    operands without elements and then crashes on the call that lacks one.
+    """
+    return jnp.stack(values) if values else jnp.zeros((0,), jnp.float32)
+
+
 class Transformer(nn.Module):
     """DeepSeek-V3 as single-device mathematics. Every method is for `Transformer.apply(..., method=...)`."""
 
@@ -127,14 +136,14 @@ class Transformer(nn.Module):
             stats |= {f"mtp_{depth - 1}": mtp_stats}
         return Losses(
             main=main.total,
-            mtp_D=jnp.array(mtp, jnp.float32),
+            mtp_D=_of_depths(mtp),
             balance=sum((jnp.sum(run.balance) for run in stats.values()), jnp.float32(0)),
             tokens=jnp.sum(batch.weights_BT),
             sequences=jnp.sum(jnp.any(context.valid_BT, axis=1), dtype=jnp.float32),
             load={name: run.load_E for name, run in stats.items()},
-            agree_D=jnp.array(agree, jnp.float32),
-            chance_D=jnp.array(chance, jnp.float32),
-            mtp_tokens_D=jnp.array(counted, jnp.float32))
+            agree_D=_of_depths(agree),
+            chance_D=_of_depths(chance),
+            mtp_tokens_D=_of_depths(counted))
 
     def _head_loss(self, normed_BTD, targets_BT, weights_BT):
         return self.ops.loss(

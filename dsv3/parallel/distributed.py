@@ -1,7 +1,8 @@
 """Many processes as one job: who takes part, found in the environment; meeting points; and failing together.
 
 A job is fail-stop: a process that dies takes the others with it within a heartbeat, and whoever started them starts all
-of them again from the newest checkpoint (`experiments/launch_local.py`, Slurm's requeue, a Kubernetes JobSet).
+of them again from the newest checkpoint (`experiments/launch_local.py`, a Slurm script that requeues its job, a
+Kubernetes JobSet).
 """
 
 import os
@@ -119,13 +120,15 @@ def fail_fast() -> Iterator[None]:
         done = isinstance(error, SystemExit) and error.code in (None, 0)
         if done or not jax.distributed.is_initialized():
             raise
-        if not isinstance(error, SystemExit):
-            traceback.print_exception(error)
-        elif isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+        try:
+            if not isinstance(error, SystemExit):
+                traceback.print_exception(error)
+            elif isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # also where the last words do not fit on the disk
+            os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
 
 def _explicit(environ: Mapping[str, str]) -> Launch:

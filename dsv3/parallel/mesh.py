@@ -72,12 +72,6 @@ def shardings(mesh: Mesh, specs: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))
 
 
-def psum(tree: Any) -> Any:
-    """Sums over all devices, inside `shard_map`. Empty arrays stay out: XLA's CPU compiler crashes on their sum over
-    several processes (jaxlib 0.11.2)."""
-    return jax.tree.map(lambda array: jax.lax.psum(array, DATA) if array.size else array, tree)
-
-
 def place_local(mesh: Mesh, local: Any) -> Any:
     """Batches [M, B, T] on the mesh; each process gives the rows of its own devices."""
     sharding = NamedSharding(mesh, BATCH)

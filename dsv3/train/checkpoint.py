@@ -8,7 +8,9 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dsv3.config import Config, UserError, from_dict, require, to_dict
+from dsv3.parallel.distributed import barrier
 from dsv3.parallel.fingerprint import fingerprints
 from dsv3.train.step import TrainState
 
@@ -61,6 +64,9 @@ class Checkpoints:
     Saves are asynchronous and appear by an atomic rename when they are complete; leaving the context waits for them. A
     save that fails (a full disk) is reported and removed, and the checkpoints before it stay. Each checkpoint is
     enough to continue or to generate from it alone.
+
+    In a job of many processes all of them save together, and go on from the same checkpoint. A process that fails waits
+    for no other, in here or on its way out: it is the job that ends (`fail_fast`).
     """
 
     def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
@@ -71,13 +77,16 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, create=True, cleanup_tmp_directories=self._keep is not None)
+            max_to_keep=self._keep, create=True, cleanup_tmp_directories=self._keep is not None,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier))
         return ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and jax.process_count() > 1:
+            return
         self.wait()
         self._manager.close()
 
@@ -142,18 +151,16 @@ class Checkpoints:
         `check` sees each checkpoint's description before its arrays are read, and may refuse it with a `UserError`.
         A damaged checkpoint is named in the log and moved to `damaged/` in the workdir. Raises `UserError` if all are.
         """
-        steps, trees = self.steps(), _arrays(abstract_state, _host(abstract_state.params) if ema else None)
-        for step in reversed(steps):
-            found, error = None, Damaged("another process could not read it")
+        trees = _arrays(abstract_state, _host(abstract_state.params) if ema else None)
+        for step in reversed(self.steps()):
             try:
-                record = self._record(step)
+                record = _together(lambda: self._record(step))
                 description = _description(record)
                 check(description)
-                found = self._read(step, trees, record)
+                found = _together(lambda: self._read(step, trees))
+                _together(lambda: _verify(found, record))
             except Damaged as damage:
-                error = damage
-            if not _all_processes(found is not None):
-                self._set_aside(step, error)
+                self._set_aside(step, damage)
                 continue
             state = abstract_state._replace(
                 **{name: found[name] for name in found if name in TrainState._fields}, **found["counters"])
@@ -175,7 +182,8 @@ class Checkpoints:
                         "of its weights; train.ema was none")
                 trees = _arrays(abstract_state, _host(abstract_state.params))
                 wanted = {name: trees[name] for name in ("ema" if ema else "params", "routing") if name in trees}
-                found = self._read(step, wanted, record)
+                found = self._read(step, wanted)
+                _verify(found, record)
                 params = jax.tree.map(jnp.asarray, found["ema"]) if ema else found["params"]
                 return {"params": params, "routing": found.get("routing", {})}, _description(record)
             except Damaged as error:
@@ -193,29 +201,21 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         """The sealed record of a step. Raises `Damaged`."""
-        try:
-            args = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
-            return _unseal(self._manager.restore(step, args=args)[RECORD])
-        except NOT_DAMAGE:
-            raise
-        except Exception as error:  # a flipped bit can make a reader raise anything
-            raise Damaged(f"its record cannot be read ({_line(error)})") from error
+        with _damage("record"):
+            return _unseal(self._restored(step, {RECORD: ocp.args.JsonRestore()})[RECORD])
 
-    def _read(self, step: int, trees: dict[str, Any], record: dict) -> dict[str, Any]:
-        """The named arrays of a step, verified. Raises `Damaged`."""
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(
-                **{name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}))
-            found = {name: restored[name] for name in trees}
-        except NOT_DAMAGE:
-            raise
-        except Exception as error:  # see _record
-            raise Damaged(f"its arrays cannot be read ({_line(error)})") from error
-        wrong = [f"{name}/{path}" for name, tree in found.items()
-                 for path, value in fingerprints(tree).items() if record["fingerprints"][name].get(path) != value]
-        if wrong:
-            raise Damaged(f"{len(wrong)} arrays are not what was saved, the first is {wrong[0]}")
-        return found
+    def _read(self, step: int, trees: dict[str, Any]) -> dict[str, Any]:
+        """The named arrays of a step. Raises `Damaged`."""
+        with _damage("arrays"):
+            return self._restored(step, {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()})
+
+    def _restored(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+        """Items of a step, read by this process alone: Orbax's manager waits for all of them, also where one fails."""
+        rank = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=rank, active_processes={rank})
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
+            restored = reader.restore(self._directory / str(step), args=ocp.args.Composite(**items))
+        return {name: restored[name] for name in items}
 
     def _set_aside(self, step: int, error: Damaged) -> None:
         place = self._directory.parent / "damaged" / str(step)
@@ -230,9 +230,43 @@ class Checkpoints:
         self._manager.reload()
 
 
-def _all_processes(good: bool) -> bool:
-    """Whether it is so on every process of the job."""
-    return good if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(good)).all())
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """What Orbax's threads meet at. One whose save has failed passes by: the others are not coming, but wait for it."""
+    if sys.exception() is None:
+        barrier(key, timeout_ms / 1000)
+
+
+@contextmanager
+def _damage(part: str) -> Iterator[None]:
+    """A flipped bit can make a reader raise anything: all of it is `Damaged`, but for `NOT_DAMAGE`."""
+    try:
+        yield
+    except (Damaged, *NOT_DAMAGE):
+        raise
+    except Exception as error:
+        raise Damaged(f"its {part} cannot be read ({_line(error)})") from error
+
+
+def _together(stage: Callable[[], Any]) -> Any:
+    """`stage()`, if it succeeds on every process of the job; otherwise all of them raise `Damaged`."""
+    found, error = None, None
+    try:
+        found = stage()
+    except Damaged as damage:
+        error = damage
+    if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(error is None)).all():
+        error = error or Damaged("another process found the damage")
+    if error is not None:
+        raise error
+    return found
+
+
+def _verify(found: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raise `Damaged` unless the arrays are those of the record. All processes take part: arrays are divided."""
+    wrong = [f"{name}/{path}" for name, tree in found.items()
+             for path, value in fingerprints(tree).items() if record["fingerprints"][name].get(path) != value]
+    if wrong:
+        raise Damaged(f"{len(wrong)} arrays are not what was saved, the first is {wrong[0]}")
 
 
 def _arrays(state: TrainState, ema: chex.ArrayTree | None) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def make_gradients(
         shapes = jax.eval_shape(micro_step, jax.tree.map(lambda a: a[0], batches))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         (grads, losses), _ = jax.lax.scan(accumulate, zeros, batches)
-        return jax.tree.map(reduce, grads, specs), meshes.psum(losses)
+        return jax.tree.map(reduce, grads, specs), jax.lax.psum(losses, meshes.DATA)
 
     return gradients
 

@@ -39,7 +39,7 @@ def make_losses(model: Transformer, mesh: Mesh) -> Callable[[chex.ArrayTree, che
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P(meshes.DATA)), out_specs=P(), check_vma=False)
     def losses(params, routing, batch):
-        return meshes.psum(model.apply({"params": params, "routing": routing}, batch))
+        return jax.lax.psum(model.apply({"params": params, "routing": routing}, batch), meshes.DATA)
 
     return jax.jit(losses)
 

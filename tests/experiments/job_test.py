@@ -15,7 +15,7 @@ from tiny_models import distance
 from dsv3.model.ops import reference_ops
 from dsv3.train.loop import train
 
-JOB = {"model.n_layers": "1", "model.n_dense_layers": "0", "mesh.data": "4",
+JOB = {"model.n_layers": "1", "model.n_dense_layers": "0", "model.mtp.depth": "0", "mesh.data": "4",
        "train.micro_batch_size": "1", "train.steps": "100000", "train.checkpoint_every": "5",
        "train.log_every": "1", "train.eval_every": "100000", "train.guard.replica_check_every": "4"}
 

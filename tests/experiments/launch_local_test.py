@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from processes import ROOT, alive, environment, launch_local, pids, started, wait_until
+from processes import HEARTBEAT, ROOT, alive, environment, launch_local, pids, started, wait_until
 
 from dsv3.config import UserError
+from experiments.launch import MISTAKE
 from experiments.launch_local import gpus
 
-HEARTBEAT = 5
 PID = "import os, pathlib; pathlib.Path(f'pid_{os.environ[\"DSV3_PROCESS_ID\"]}').write_text(str(os.getpid()));"
 
 
@@ -77,6 +77,23 @@ def test_a_program_that_always_fails_ends_with_its_last_words(tmp_path):
     assert lines[-1] == "launch_local: rank 1 exited with status 1, after 2 restarts; giving up"
     ports = run.stdout.splitlines()
     assert len(ports) == 3 and len(set(ports)) == 3, run.stdout
+
+
+@pytest.mark.timeout(60)
+def test_a_mistake_of_the_user_is_not_tried_again(tmp_path):
+    """The rank that made it is named, although the others die of it at once."""
+    code = ("import os, pathlib, time; rank = os.environ['DSV3_PROCESS_ID']; open('starts', 'a').write(rank)\n"
+            "if rank == '1':\n"
+            "    while len(open('starts').read()) < 3: time.sleep(0.01)\n"
+            "    print('error: no such flag', flush=True); open('made', 'w').close()\n"
+            f"    os._exit({MISTAKE})\n"
+            "while not pathlib.Path('made').exists(): time.sleep(0.01)\n"
+            "os.abort() if rank == '2' else os._exit(1)")
+    run = finished(tmp_path, "--processes=3", "--backoff_seconds=0.1", code=code)
+    lines = run.stderr.splitlines()
+    assert run.returncode == MISTAKE and len((tmp_path / "starts").read_text()) == 3
+    assert lines[-1] == f"launch_local: rank 1 exited with status {MISTAKE}, which no restart mends; giving up"
+    assert "error: no such flag" in lines[-2]
 
 
 @pytest.mark.timeout(60)
@@ -162,4 +179,5 @@ def test_a_mistake_is_one_line(arguments, words, tmp_path):
         [sys.executable, "-m", "experiments.launch_local", *arguments], cwd=ROOT,
         env=environment(TMPDIR=str(tmp_path)), capture_output=True, text=True, timeout=30)
     errors = [line for line in run.stderr.splitlines() if not line.startswith("launch_local: starting")]
-    assert run.returncode == 1 and len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0], errors
+    assert run.returncode == MISTAKE
+    assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0], errors

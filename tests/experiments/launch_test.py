@@ -7,7 +7,7 @@ import pytest
 from small_runs import small_overrides, write_corpus
 
 from dsv3.config import UserError
-from experiments.launch import load_config
+from experiments.launch import MISTAKE, load_config
 
 
 def run(module, *arguments):
@@ -34,7 +34,7 @@ def test_train_continue_and_generate(tmp_path):
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith("def alpha") and len(text.stdout) > len("def alpha\n")
     long = run("generate", f"--workdir={tmp_path / 'run'}", f"--prompt={'x' * 40}")
-    assert long.returncode == 1 and one_line(long.stderr) and "cache" in long.stderr
+    assert long.returncode == MISTAKE and one_line(long.stderr) and "cache" in long.stderr
 
 
 def one_line(stderr):
@@ -47,9 +47,9 @@ def one_line(stderr):
     ("generate", ["--workdir=nowhere"], "holds no checkpoint"),
     ("generate", ["--workdr=runs/tiny"], "workdr"),
 ])
-def test_a_mistake_is_one_line_and_exit_status_1(module, arguments, words):
+def test_a_mistake_is_one_line_and_an_exit_status_of_its_own(module, arguments, words):
     process = run(module, *arguments)
-    assert process.returncode == 1
+    assert process.returncode == MISTAKE
     assert one_line(process.stderr) and words in process.stderr, process.stderr
     assert "Traceback" not in process.stdout + process.stderr
 

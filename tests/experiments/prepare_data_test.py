@@ -18,6 +18,7 @@ from dsv3.data.clean import REPORT, CleanConfig, clean
 from dsv3.data.corpus import Document, read_documents
 from dsv3.data.dedup import NearConfig
 from dsv3.data.quality import Limits, parse_rules
+from experiments.launch import MISTAKE
 
 NEAR = NearConfig(unit="words", shingle=5, num_perm=64, threshold=0.8, seed=0)
 CONFIG = CleanConfig(rules=parse_rules(["text"]), limits=Limits(), duplicates=True, near=NEAR)
@@ -283,7 +284,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, arguments, words
     (tmp_path / "out.txt").write_bytes(b"\xff")
     before = sorted(os.listdir(tmp_path))
     process = run(*[argument.format(out=tmp_path / "out") for argument in arguments])
-    assert process.returncode == 1
+    assert process.returncode == MISTAKE
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process.stderr
     assert words in process.stderr
     assert sorted(os.listdir(tmp_path)) == before

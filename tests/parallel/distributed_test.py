@@ -1,6 +1,5 @@
 """Who takes part, from the environment; and four real processes that add, meet, die and fail together."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -8,11 +7,11 @@ import sys
 import time
 
 import pytest
-from processes import ROOT, environment, started, wait_until
+from processes import HEARTBEAT, ROOT, environment, job, wait_until
 
 from dsv3.config import UserError
 from dsv3.parallel.distributed import Launch, barrier, detect, is_main
-from experiments.launch_local import free_port
+from experiments.launch import MISTAKE
 
 EXPLICIT = {"DSV3_COORDINATOR": "node0:1234", "DSV3_NUM_PROCESSES": "4", "DSV3_PROCESS_ID": "3"}
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8",
@@ -20,7 +19,6 @@ SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS
 MPI = {"OMPI_COMM_WORLD_SIZE": "6", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
        "OMPI_COMM_WORLD_LOCAL_SIZE": "3", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:99"}
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
-HEARTBEAT = 5
 
 
 def without(environ, *names):
@@ -88,19 +86,8 @@ def test_a_launcher_prints_a_bad_environment_on_one_line(more, words):
     run = subprocess.run(
         [sys.executable, "-m", "experiments.pretrain", "--config=configs/tiny.py", "--workdir=unused"], cwd=ROOT,
         env=environment(**more), capture_output=True, text=True, timeout=60)
-    assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+    assert run.returncode == MISTAKE and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
     assert words in run.stderr
-
-
-@contextlib.contextmanager
-def job(directory, code, size=4):
-    """Ranks that run `code` (a file's arguments, or a program) without a supervisor, and their output's files."""
-    port, outputs = free_port(), [directory / f"output_{rank}" for rank in range(size)]
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(started(
-            [sys.executable, *code], outputs[rank], DSV3_COORDINATOR=f"127.0.0.1:{port}",
-            DSV3_NUM_PROCESSES=str(size), DSV3_PROCESS_ID=str(rank), DSV3_HEARTBEAT_SECONDS=str(HEARTBEAT),
-            JAX_COORDINATOR_BIND_ADDRESS=f"127.0.0.1:{port}")) for rank in range(size)], outputs
 
 
 def trace(directory, rank):

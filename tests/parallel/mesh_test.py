@@ -59,6 +59,22 @@ def test_gradients_and_losses_of_several_devices_are_those_of_one(n_devices):
     assert many_losses.tokens == one_losses.tokens == 2 * 43 and many_losses.sequences == 14
 
 
+def test_a_model_without_mtp_steps_on_two_devices_as_on_one():
+    """The arrays [D] of MTP have no elements then: as operands of `shard_map` they crashed XLA's compiler."""
+    config, results = model_config(n_layers=1, n_dense_layers=0, mtp=dict(depth=0)), []
+    for size in (1, 2):
+        mesh, recipe = mesh_of(size), recipe_of(transformer(config), TRAIN, size)
+        state = jax.device_put(train_state(random_variables(config), TRAIN), shardings(mesh, recipe.specs()))
+        batches = place_global(mesh, unequal_batches(), BATCH)
+        results.append(jax.device_get(make_train_step(recipe)(state, batches, KNOBS)))
+    (one, metrics), (two, of_two) = results
+    for leaf, expected in zip(jax.tree.leaves(two.params), jax.tree.leaves(one.params), strict=True):
+        assert distance(leaf, expected) < 1e-5
+    assert of_two.mtp_loss_D.shape == of_two.mtp_agreement_D.shape == (0,)
+    assert np.isfinite(metrics.loss) and distance(of_two.loss, metrics.loss) < 1e-6
+    assert np.array_equal(of_two.load_LE, metrics.load_LE)
+
+
 @pytest.mark.slow
 def test_after_fifty_steps_the_replicas_are_equal_bit_for_bit():
     """Routing biases and parameters on all eight devices, fed with different rows at every step."""
