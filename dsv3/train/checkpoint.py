@@ -73,6 +73,7 @@ class Checkpoints:
         self._directory, self._keep = (workdir / "checkpoints").resolve(), keep
         self._manager = self._open()
         self._saving: int | None = None
+        self._failed: set[int] = set()
         self._newest_is_saved = True
 
     def _open(self) -> ocp.CheckpointManager:
@@ -88,6 +89,7 @@ class Checkpoints:
         if kind is not None and jax.process_count() > 1:
             return
         self.wait()
+        self._tidy()
         self._manager.close()
 
     def steps(self) -> list[int]:
@@ -116,9 +118,15 @@ class Checkpoints:
             self._manager.close()
         except Exception as again:  # the same failure, told a second time
             logging.debug("closing after a failed save: %s", again)
-        for partial in self._directory.glob(f"{self._saving}*tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)
+        self._failed.add(self._saving)
+        self._tidy()
         self._manager = self._open()
+
+    def _tidy(self) -> None:
+        """Remove what failed saves have left. Again later: other threads of such a save may have gone on writing."""
+        for step in self._failed:
+            for partial in self._directory.glob(f"{step}.*tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def save(self, checkpoint: Checkpoint, description: Description) -> None:
         """Start saving under the state's own step; a step that is already there is left alone.
@@ -126,6 +134,7 @@ class Checkpoints:
         Returns when everything is copied out of the device's memory. Waits first for the save before it.
         """
         self.wait()
+        self._tidy()
         step = int(checkpoint.state.step)
         if step in self.steps():
             return
