@@ -1,0 +1,100 @@
+"""Number formats of 8 and 12 bits: rounding to them, and the codes that store them (report section 3.3).
+
+| format | sign, exponent, mantissa | largest | smallest normal, subnormal | infinities | NaN |
+|---|---|---|---|---|---|
+| E4M3 | 1, 4, 3 | 448 | 2^-6, 2^-9 | none | 1 code per sign |
+| E5M2 | 1, 5, 2 | 57,344 | 2^-14, 2^-16 | yes | 3 codes per sign |
+| E5M6 | 1, 5, 6 | 65,024 | 2^-14, 2^-20 | yes | 63 codes per sign |
+
+Rounding is to nearest, ties to even, with subnormals. Finite values beyond the largest saturate, as Hopper's conversions
+do; infinities and NaNs stay what they are, or become NaN where the format has no infinity: a bad number must not
+come out as a good one. The report names E5M6 and no more; here it is the upper 12 bits of an IEEE half.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from dsv3.config import require
+
+
+@dataclass(frozen=True)
+class Format:
+    """A binary floating-point format. `dtype` stores one element; None where elements are packed (`pack`)."""
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    largest: float
+    infinities: bool
+    dtype: np.dtype | None
+
+    @property
+    def smallest_exponent(self) -> int:
+        """That of the smallest normal number."""
+        return 2 - 2 ** (self.exponent_bits - 1)
+
+    def bytes_of(self, elements: int) -> int:
+        """Storage of the last axis: E5M6 packs two elements into three bytes."""
+        return elements if self.dtype is not None else 3 * -(-elements // 2)
+
+
+E4M3 = Format("e4m3", 4, 3, 448.0, False, np.dtype(ml_dtypes.float8_e4m3fn))
+E5M2 = Format("e5m2", 5, 2, 57344.0, True, np.dtype(ml_dtypes.float8_e5m2))
+E5M6 = Format("e5m6", 5, 6, 65024.0, True, None)
+
+FORMATS = {fmt.name: fmt for fmt in (E4M3, E5M2, E5M6)}
+
+
+def format_of(name: str) -> Format:
+    """The format called `name`. Raises `UserError` for an unknown one."""
+    require(name in FORMATS, f"unknown number format {name!r}; expected one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def round_to(x: jax.Array, fmt: Format) -> jax.Array:
+    """float32 array of the values of `fmt` nearest to float32 `x`."""
+    x = x.astype(jnp.float32)
+    inside = jnp.clip(x, -fmt.largest, fmt.largest)
+    exponent = jnp.maximum(jnp.frexp(inside)[1] - 1, fmt.smallest_exponent)
+    # Both factors are powers of two within float32's normal range, so only the rounding in between rounds.
+    rounded = jnp.ldexp(jnp.round(jnp.ldexp(inside, fmt.mantissa_bits - exponent)), exponent - fmt.mantissa_bits)
+    rounded = jnp.copysign(rounded, x)
+    return jnp.where(jnp.isfinite(x), rounded, x if fmt.infinities else jnp.nan)
+
+
+def encode(x: jax.Array, fmt: Format) -> jax.Array:
+    """`x` [..., n] in the storage of `fmt`: its dtype [..., n], or packed bytes [..., 3 ceil(n / 2)]."""
+    rounded = round_to(x, fmt)
+    if fmt.dtype is not None:
+        return rounded.astype(fmt.dtype)
+    half = jax.lax.bitcast_convert_type(rounded.astype(jnp.float16), jnp.uint16)
+    return pack(jnp.where(jnp.isnan(rounded), jnp.uint16(0x7E0), half >> 4))
+
+
+def decode(stored: jax.Array, fmt: Format, elements: int) -> jax.Array:
+    """float32 [..., elements] of what `encode` stored."""
+    if fmt.dtype is not None:
+        return stored.astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(unpack(stored, elements) << 4, jnp.float16).astype(jnp.float32)
+
+
+def pack(codes: jax.Array) -> jax.Array:
+    """12-bit codes, uint16 [..., n], as uint8 [..., 3 ceil(n / 2)]: low byte, two high halves, low byte."""
+    odd = codes.shape[-1] % 2
+    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, odd)])
+    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    first, second = pairs[..., 0], pairs[..., 1]
+    packed = jnp.stack([first & 0xFF, first >> 8 | (second >> 8) << 4, second & 0xFF], axis=-1)
+    return packed.astype(jnp.uint8).reshape(*codes.shape[:-1], -1)
+
+
+def unpack(packed: jax.Array, elements: int) -> jax.Array:
+    """The first `elements` codes of `pack`, uint16 [..., elements]."""
+    triples = packed.astype(jnp.uint16).reshape(*packed.shape[:-1], -1, 3)
+    low, middle, high = triples[..., 0], triples[..., 1], triples[..., 2]
+    pairs = jnp.stack([low | (middle & 0xF) << 8, high | (middle >> 4) << 8], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], -1)[..., :elements]
