@@ -27,8 +27,8 @@ class LogFMT(NamedTuple):
 def encode_log(x: jax.Array, bits: int) -> LogFMT:
     """x [..., n], n a multiple of 128, in tiles of 128 along the last axis.
 
-    Rounds to the nearer code in linear space (in logarithms the mean would be biased upwards). Magnitudes below half the
-    smallest become zero; a tile with a NaN or an infinity becomes NaN. Raises `UserError` for other sizes.
+    Rounds to the nearer code in linear space (in logarithms the mean would be biased upwards). Magnitudes below half of
+    the smallest become zero; a tile with a NaN or an infinity becomes NaN. Raises `UserError` for other sizes.
     """
     require(3 <= bits <= 16, f"LogFMT has 3 to 16 bits, not {bits}")
     require(x.shape[-1] % TILE == 0, f"LogFMT needs a last axis of whole tiles of {TILE}, not {x.shape[-1]}")

@@ -23,6 +23,10 @@ def tiles_of(shape, tile):
         yield (i, j), (slice(i * t, (i + 1) * t), slice(j * u, (j + 1) * u))
 
 
+def bits(values):
+    return np.asarray(values).view(np.uint8)
+
+
 def random(shape, seed=0):
     rng = np.random.default_rng(seed)
     return (rng.standard_normal(shape) * 2.0 ** rng.integers(-20, 20, (*shape[:-1], 1))).astype(np.float32)
@@ -61,17 +65,17 @@ def test_leading_axes_are_batches(tile):
     for i, j in itertools.product(range(2), range(3)):
         one = quantize(jnp.asarray(x[i, j]), E4M3, tile, power_of_two=False)
         np.testing.assert_array_equal(whole.scales[i, j], one.scales)
-        np.testing.assert_array_equal(np.asarray(whole.values[i, j]).view(np.uint8), np.asarray(one.values).view(np.uint8))
+        np.testing.assert_array_equal(bits(whole.values[i, j]), bits(one.values))
 
 
 def test_blocks_transpose_exactly_and_rows_do_not():
     """One copy of a weight serves both directions; an activation needs another quantisation for its weight gradient."""
     x = jnp.asarray(random((256, 384)))
     block, turned = (quantize(a, E4M3, BLOCK, power_of_two=False) for a in (x, x.T))
-    np.testing.assert_array_equal(np.asarray(block.values.T).view(np.uint8), np.asarray(turned.values).view(np.uint8))
+    np.testing.assert_array_equal(bits(block.values.T), bits(turned.values))
     np.testing.assert_array_equal(block.scales.T, turned.scales)
-    rows, columns = quantize(x, E4M3, ALONG_ROWS, power_of_two=False), quantize(x, E4M3, ALONG_COLUMNS, power_of_two=False)
-    assert (np.asarray(rows.values).view(np.uint8) != np.asarray(columns.values).view(np.uint8)).mean() > 0.1
+    rows, columns = (quantize(x, E4M3, tile, power_of_two=False) for tile in (ALONG_ROWS, ALONG_COLUMNS))
+    assert (bits(rows.values) != bits(columns.values)).mean() > 0.1
 
 
 @settings(deadline=None)
