@@ -7,8 +7,8 @@
 | E5M6 | 1, 5, 6 | 65,024 | 2^-14, 2^-20 | yes | 63 codes per sign |
 
 Rounding is to nearest, ties to even, with subnormals. Finite values beyond the largest saturate, as Hopper's own
-conversions do; infinities and NaNs stay what they are, or become NaN where the format has no infinity: a bad number must
-not come out as a good one. The report names E5M6 and no more; here it is the upper 12 bits of an IEEE half.
+conversions do. Infinities and NaNs stay, or become NaN where the format has no infinity: a bad number must
+not come out as a good one. The report only names E5M6; here it is the upper 12 bits of an IEEE half.
 """
 
 from dataclasses import dataclass
