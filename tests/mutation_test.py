@@ -51,7 +51,7 @@ MUTATIONS = [
              "yarn.mscale_all_dim) ** 2", "yarn.mscale_all_dim)",
              "tests/model/rope_test.py::test_softmax_scale_of_the_released_models"),
     Mutation("no RMSNorm on the key/value latent", "model/mla.py",
-             'self.ops.norm_linear(("attn.kv_b",), c_kv_BTC, kv_norm, (kv_b,), eps)',
+             'self.ops.norm_linear(("attn.kv_b",), c_kv_BTC, kv_norm, (kv_b,), latent_eps)',
              '(self.ops.linear("attn.kv_b", c_kv_BTC, kv_b),)',
              "tests/model/oracle_test.py -k v3-packed"),
     Mutation("eh_proj halves swapped", "model/mtp.py",
