@@ -1,0 +1,1 @@
+"""Rank 1: number formats, exact reference numerics on bare arrays."""
