@@ -57,8 +57,8 @@ CASES = {
     "moonlight": V3 | ONE_GROUP | dict(
         n_shared_experts=2, q_lora_rank=None, rms_norm_eps=1e-5, rope_theta=50000.0, routed_scaling_factor=2.446),
     "kimi_k2": V3 | ONE_GROUP | dict(
-        max_position_embeddings=2048, model_type="kimi_k2", rope_scaling=YARN | dict(beta_fast=1.0, factor=32.0),
-        rope_theta=50000.0, routed_scaling_factor=2.827),
+        max_position_embeddings=8192, model_type="kimi_k2", rope_theta=50000.0, routed_scaling_factor=2.827,
+        rope_scaling=YARN | dict(beta_fast=1.0, factor=32.0, original_max_position_embeddings=256)),
     "v2_greedy": V2 | ONE_GROUP | dict(q_lora_rank=None, routed_scaling_factor=1.0, topk_method="greedy"),
     "v2_groups": V2 | dict(routed_scaling_factor=16.0, topk_method="group_limited_greedy"),
     "mtp": V3 | dict(num_nextn_predict_layers=1),
@@ -117,6 +117,7 @@ def draw(name: str, shape: tuple[int, ...], c: dict, rng: np.random.Generator) -
     """Weights that leave no part idle: gains off 1, biases of both signs that outweigh scores, latents of uneven size.
 
     Moonlight's two epsilons, 1e-5 and 1e-6, would drown beside activations near 1; its embedding and latents are small.
+    V2's factor of 16 is meant for the small weights of 160 experts; with 12 of them their outputs are small instead.
     """
     noise = rng.standard_normal(shape)
     if "norm" in name:
@@ -129,6 +130,8 @@ def draw(name: str, shape: tuple[int, ...], c: dict, rng: np.random.Generator) -
     weight = noise * scale
     if "kv_a_proj" in name and c["rms_norm_eps"] > 1e-6:
         weight[:c["kv_lora_rank"]] *= 0.003
+    if ".experts." in name and "down_proj" in name:
+        weight *= min(1, 2.5 / c["routed_scaling_factor"])
     return torch.tensor(weight).bfloat16()
 
 
@@ -187,10 +190,10 @@ def load(folder: Path, c: dict):
     return model.eval()
 
 
-def mtp(model, tokens: torch.Tensor, routers_of) -> dict:
+def mtp(model, tokens: torch.Tensor, c: dict) -> tuple[dict, Routers]:
     """transformers' own MTP module on the state after the final norm and the next token's embedding."""
     module = MtpModel.from_pretrained(model).eval()
-    routers = routers_of(module)
+    routers = Routers(module, c)
     hidden = model.model(tokens).last_hidden_state[:, :-1]
     positions = torch.arange(1, tokens.shape[1])[None]
     out = module.forward_layer(
@@ -217,10 +220,12 @@ def expected(folder: Path, c: dict, tokens: np.ndarray) -> tuple[dict, dict]:
     continuation, again = generated[0, PROMPT_LENGTH:], best.indices[:, 0]
     values = dict(tokens=tokens, logits=logits.numpy(), choices=choices, prompt_length=PROMPT_LENGTH,
                   continuation=continuation.numpy().astype(np.int32))
-    figures = dict(router=routers.margin, greedy=float((best.values[:, 0] - best.values[:, 1]).min()),
-                   uncached=torch.equal(again, continuation), distinct=len(set(continuation.tolist())), moved=routers.moved, negative=routers.negative)
+    figures = dict(
+        router=routers.margin, greedy=float((best.values[:, 0] - best.values[:, 1]).min()),
+        uncached=torch.equal(again, continuation), distinct=len(set(continuation.tolist())), moved=routers.moved,
+        negative=routers.negative)
     if c.get("num_nextn_predict_layers", 0):
-        extra, routers = mtp(model, ids, lambda module: Routers(module, c))
+        extra, routers = mtp(model, ids, c)
         values |= extra
         figures["router"] = min(figures["router"], routers.margin)
         figures["drafted"] = torch.equal(greedy(model, ids, use_mtp=True), generated)
