@@ -84,6 +84,8 @@ def to_model_config(hf: Mapping[str, Any], *, remat: str = "report", scan_unroll
     values = _without_rope(values) | ABSENT[model_type] | {"num_nextn_predict_layers": 0} | values | _rope(hf)
     if "dtype" in values:
         values.setdefault("torch_dtype", values["dtype"])
+    if "n_shared_experts" in hf:
+        values.setdefault("n_shared_experts", 0)  # null is none of them
     _check_keys(hf, values)
     selection_bias = _check_gate(model_type, values)
     fields: dict[str, Any] = {
@@ -133,6 +135,7 @@ def _published(config: ModelConfig) -> dict[str, Any]:
     for key, field in SAME_NUMBERS.items():
         *group, name = field.split(".")
         result[key] = (fields[group[0]] if group else fields)[name]
+    result["n_shared_experts"] = result["n_shared_experts"] or None
     yarn = fields["attention"]["yarn"]
     result["rope_scaling"] = yarn and {key: yarn[name] for key, name in SAME_YARN.items()} | {"type": "yarn"}
     grouped = "greedy" if config.moe.n_expert_groups == 1 else "group_limited_greedy"

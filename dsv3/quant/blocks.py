@@ -28,21 +28,29 @@ def n_blocks(size: int) -> int:
     return -(-size // BLOCK)
 
 
+def block_scales(matrix: np.ndarray) -> np.ndarray:
+    """amax / 448 of each block of `matrix` [rows, columns], float32."""
+    by_rows = np.maximum.reduceat(np.abs(matrix), np.arange(0, matrix.shape[0], BLOCK), axis=0)
+    amax = np.maximum.reduceat(by_rows, np.arange(0, matrix.shape[1], BLOCK), axis=1).astype(np.float32)
+    return np.maximum(amax, np.float32(SMALLEST_AMAX)) / np.float32(LARGEST)
+
+
 def quantize_blocks(matrix: np.ndarray) -> Blocks:
-    """scale = amax / 448 of each block, value = matrix / scale rounded to nearest even; `matrix` is [rows, columns]."""
-    rows, columns = matrix.shape
-    padded = np.zeros((n_blocks(rows) * BLOCK, n_blocks(columns) * BLOCK), np.float32)
-    padded[:rows, :columns] = matrix
-    blocks = padded.reshape(n_blocks(rows), BLOCK, n_blocks(columns), BLOCK)
-    amax = np.maximum(np.max(np.abs(blocks), axis=(1, 3)), np.float32(SMALLEST_AMAX))
-    scales = amax / np.float32(LARGEST)
-    blocks /= scales[:, None, :, None]
-    return Blocks(padded[:rows, :columns].astype(ml_dtypes.float8_e4m3fn), scales)
+    """value = matrix / scale of its block, rounded to nearest even; `matrix` is [rows, columns]."""
+    scales, scaled = block_scales(matrix), matrix.astype(np.float32)
+    columns = np.arange(matrix.shape[1]) // BLOCK
+    for block in range(len(scales)):
+        scaled[block * BLOCK:(block + 1) * BLOCK] /= scales[block, columns][None]
+    return Blocks(scaled.astype(ml_dtypes.float8_e4m3fn), scales)
 
 
 def dequantize_blocks(values: np.ndarray, scales: np.ndarray, first: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """float32 value * scale. `values` [rows, columns] may be a part of the matrix that begins at `first`."""
-    row, column = ((start + np.arange(size)) // BLOCK for start, size in zip(first, values.shape, strict=True))
+    """float32 value * scale. `values` [rows, columns] may be a part, from `first` on, of the matrix of `scales`."""
     matrix = values.astype(np.float32)
-    matrix *= scales[row[:, None], column[None, :]]
+    columns = (first[1] + np.arange(values.shape[1])) // BLOCK
+    block, start = first[0] // BLOCK, 0
+    while start < len(matrix):
+        stop = (block + 1) * BLOCK - first[0]
+        matrix[start:stop] *= scales[block, columns][None]
+        block, start = block + 1, stop
     return matrix
