@@ -56,6 +56,9 @@ ABSENT = {"deepseek_v3": V3, "kimi_k2": V3, "deepseek_v2": V2}
 GATES = {("sigmoid", "noaux_tc"): True, ("softmax", "greedy"): False, ("softmax", "group_limited_greedy"): False}
 """Scoring and choice of experts -> whether there is a selection bias."""
 
+LATENT_NORM_EPS = 1e-6
+"""Of the norms of the latents in the released code, which does not read it from `config.json`."""
+
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
@@ -89,7 +92,7 @@ def to_model_config(hf: Mapping[str, Any], *, remat: str = "report", scan_unroll
     _check_keys(hf, values)
     selection_bias = _check_gate(model_type, values)
     fields: dict[str, Any] = {
-        "attention": {"yarn": values["yarn"]}, "moe": {"selection_bias": selection_bias},
+        "attention": {"yarn": values["yarn"], "norm_eps": LATENT_NORM_EPS}, "moe": {"selection_bias": selection_bias},
         "mtp": {"eh_order": "embedding_first", "hidden": "post_norm"}, "remat": remat, "scan_unroll": scan_unroll}
     for key, field in SAME_NUMBERS.items():
         *group, name = field.split(".")

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from dsv3.inference.generate import make_generator
-from dsv3.interop.hf_config import to_model_config
+from dsv3.interop.load import load
 from dsv3.model.batch import Batch
 from dsv3.model.ops import reference_ops
 from dsv3.model.transformer import Transformer
@@ -22,23 +21,10 @@ CASES = sorted((Path(__file__).parents[1] / "goldens" / "hf").iterdir())
 BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def load(case):
-    from dsv3.interop.layout import leaf_shapes, table
-    from dsv3.interop.safetensors import Reader
-    config = dataclasses.replace(to_model_config(json.loads((case / "config.json").read_text())), dtype="float32")
-    reader = Reader(case)
-    arrays = {path: np.zeros(shape, np.float32) for path, shape in leaf_shapes(table(config)).items()}
-    for e in table(config):
-        x = reader.read(e.name).astype(np.float32)
-        x = x.T if e.transpose else x
-        arrays[e.path][e.place] = x.reshape(arrays[e.path][e.place].shape)
-    tree = {"params": {}, "routing": {}}
-    for path, a in arrays.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = a
-    return config, tree
+def opened(case):
+    """The checkpoint and what is expected of it, everything float32."""
+    config, variables = load(case)
+    return dataclasses.replace(config, dtype="float32"), variables, np.load(case / "expected.npz")
 
 
 def batch_of(tokens_T, segment_ids_T=None) -> Batch:
@@ -85,7 +71,7 @@ def members(choices_TK, n_experts):
 @BY_NAME
 def test_logits_and_choices_are_those_of_transformers(case):
     """float32 on both sides: 2e-5 at every position, every token's experts in every MoE layer, MTP included."""
-    (config, variables), expected = load(case), np.load(case / "expected.npz")
+    config, variables, expected = opened(case)
     tokens_T, n_experts = expected["tokens"], config.moe.n_routed_experts
     logits_TV, ahead = forward(config, variables, tokens_T)
     assert worst(logits_TV, expected["logits"]) < 2e-5
@@ -101,7 +87,7 @@ def test_logits_and_choices_are_those_of_transformers(case):
 @BY_NAME
 def test_greedy_continuations_are_those_of_transformers(case):
     """64 tokens over the absorbed latent cache."""
-    (config, variables), expected = load(case), np.load(case / "expected.npz")
+    config, variables, expected = opened(case)
     prompt, continuation = expected["tokens"][:expected["prompt_length"]].tolist(), expected["continuation"].tolist()
     model = Transformer(config, reference_ops(row_block=4))
     generate = make_generator(model, config.vocab_size, len(prompt) + len(continuation))
@@ -128,7 +114,7 @@ def replaced(node, path, value):
 def test_a_mistaken_field_shows(name, path, value):
     """The goldens can tell: with any of these fields set otherwise, logits are a hundred times too far away."""
     case = next(case for case in CASES if case.name == name)
-    (config, variables), expected = load(case), np.load(case / "expected.npz")
+    config, variables, expected = opened(case)
     logits_TV, ahead = forward(replaced(config, path, value), variables, expected["tokens"])
     actual, wanted = (ahead[0][:-1], "mtp_logits") if path.startswith("mtp.") else (logits_TV, "logits")
     assert worst(actual, expected[wanted]) > 2e-3
