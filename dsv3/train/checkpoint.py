@@ -321,9 +321,10 @@ def _host(params: chex.ArrayTree) -> chex.ArrayTree:
 def finish_imported(
     staged: Path, workdir: Path, description: Description, shapes: mapped.Shapes, marks: dict[str, str],
 ) -> None:
-    """Make the arrays in `staged` (`dsv3.train.mapped`), with their fingerprints `marks`, step 0 of a run: by a rename."""
+    """Make the arrays in `staged` (`dsv3.train.mapped`), with their fingerprints, step 0 of a run: by a rename."""
     record = _sealed(Progress(tokens=0, rows=0), description, marks, mapped=dict(shapes))
     (staged / mapped.RECORD_FILE).write_text(json.dumps(record))
+    (staged / "_CHECKPOINT_METADATA").write_text("{}")  # Orbax lists the step, and warns where this is missing
     (workdir / "checkpoints").mkdir(exist_ok=True)
     staged.rename(workdir / "checkpoints" / "0")
 

@@ -39,7 +39,7 @@ def create(directory: Path, name: str, dtype: str, shape: tuple[int, ...]) -> np
 
 
 def open_arrays(directory: Path, shapes: Shapes) -> dict[str, np.memmap]:
-    """The arrays of a finished checkpoint. Raises `OSError` or `ValueError` for files that are not there or too short."""
+    """The arrays of a finished checkpoint. Raises `OSError` or `ValueError` for files that are missing or too short."""
     return {name: np.memmap(_file(directory, name), jnp.dtype(dtype), "r", shape=tuple(shape))
             for name, (dtype, shape) in shapes.items()}
 
