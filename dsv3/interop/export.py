@@ -14,7 +14,7 @@ import numpy as np
 from dsv3.config import ModelConfig, require
 from dsv3.interop.hf_config import to_hf_config
 from dsv3.interop.layout import SCALE, Entry, Path, scale_shape, table
-from dsv3.interop.safetensors import DTYPES, FILE_BYTES, NAMES, write
+from dsv3.interop.safetensors import DTYPES, FILE_BYTES, NAMES, n_bytes, write
 from dsv3.quant.blocks import BLOCK, Blocks, block_scales, dequantize_blocks, n_blocks, quantize_blocks
 
 FP8 = "F8_E4M3"
@@ -34,12 +34,13 @@ def flatten(variables: Mapping[str, Any]) -> Arrays:
 def export(
     config: ModelConfig, arrays: Arrays, directory: FilePath, *, dtype: str | None = "bf16",
     base: Mapping[str, Any] | None = None, files: Mapping[str, bytes] | None = None, file_bytes: int = FILE_BYTES,
-    done: Callable[[int], None] = lambda n_bytes: None,
+    begin: Callable[[int], None] = lambda n_bytes: None, done: Callable[[int], None] = lambda n_bytes: None,
 ) -> None:
     """Write `config.json`, the weights, one tensor at a time, and `files` into a new `directory`.
 
     `dtype`: "bf16", "float32", or "fp8" (E4M3 with scales per block where the released checkpoints have it; weights
     that are `Blocks` are written as they are). None writes every array as it is stored. `base`: see `to_hf_config`.
+    `begin` hears of all bytes, `done` of each tensor's.
 
     The directory appears by a rename when it is complete. Raises `UserError` where it exists, and for a model that the
     released code cannot express.
@@ -66,6 +67,7 @@ def export(
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir()
     try:
+        begin(sum(n_bytes(*info) for info in shapes.values()))
         write(partial, shapes, produce, file_bytes=file_bytes, done=done)
         (partial / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         for name, content in (files or {}).items():

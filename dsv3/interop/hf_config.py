@@ -4,16 +4,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from dsv3.config import (
-    AttentionConfig,
-    ModelConfig,
-    MoEConfig,
-    MTPConfig,
-    YarnConfig,
-    differences,
-    require,
-    to_dict,
-)
+from dsv3.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, YarnConfig, differences, require, to_dict
 
 SAME_NUMBERS = {
     "vocab_size": "vocab_size", "hidden_size": "dim", "intermediate_size": "inter_dim", "num_hidden_layers": "n_layers",
@@ -125,6 +116,8 @@ def to_hf_config(config: ModelConfig, base: Mapping[str, Any] | None = None, *, 
     result = {key: value for key, value in base.items() if key not in drop} | changed
     if fp8:
         result.setdefault("quantization_config", copy.deepcopy(FP8))
+    if "num_hidden_layers" not in base:
+        result = dict(sorted(result.items()))
     again = to_model_config(result, remat=config.remat, scan_unroll=config.scan_unroll)
     unlike = differences(to_dict(config), to_dict(again))
     require(not unlike, "the released model code cannot express this model; here and there: " + "; ".join(unlike))
