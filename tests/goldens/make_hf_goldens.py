@@ -179,11 +179,15 @@ class Routers:
         self.margin = min(self.margin, float((best[:, -2] - best[:, -1]).min()))
 
 
-def load(folder: Path, c: dict):
+def load(folder: Path):
     """The checkpoint as transformers reads it: every tensor used, none made up. It calls Kimi-K2 a DeepSeek-V3."""
+    c = json.loads((folder / "config.json").read_text())
     v2 = c["model_type"] == "deepseek_v2"
     config = DeepseekV2Config.from_dict(c) if v2 else DeepseekV3Config.from_dict(c | dict(model_type="deepseek_v3"))
-    DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{c['num_hidden_layers']}\..*"]
+    first, depths = c["num_hidden_layers"], c.get("num_nextn_predict_layers", 0)
+    # Where transformers looks for MTP modules; of itself it knows only layer 61.
+    DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected = [
+        rf"model\.layers\.{i}\..*" for i in range(first, first + max(depths, 1))]
     model, info = (DeepseekV2ForCausalLM if v2 else DeepseekV3ForCausalLM).from_pretrained(
         folder, config=config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
         output_loading_info=True)
@@ -212,7 +216,7 @@ def greedy(model, ids: torch.Tensor, **how) -> torch.Tensor:
 @torch.no_grad()
 def expected(folder: Path, c: dict, tokens: np.ndarray) -> tuple[dict, dict]:
     """What `expected.npz` holds, and how far every decision was from another one."""
-    model, ids = load(folder, c), torch.tensor(tokens)[None]
+    model, ids = load(folder), torch.tensor(tokens)[None]
     routers = Routers(model, c)
     logits = model(ids).logits[0]
     choices = np.stack(routers.choices)
