@@ -139,12 +139,13 @@ def test_an_exported_model_computes_the_same_logits(tmp_path):
     assert dataclasses.replace(found, remat="none") == config
 
 
-@pytest.mark.parametrize("dtype", ["float32", None])
-def test_sharded_loading_equals_unsharded_and_reads_no_more(fp8, dtype, monkeypatch):
+@pytest.mark.parametrize("dtype, host_bytes", [("float32", 2**28), (None, 2**28), (None, 20_000)])
+def test_sharded_loading_equals_unsharded_and_reads_no_more(fp8, dtype, host_bytes, monkeypatch):
     """Eight devices, every array divided along its longest even axis: columns, rows, experts or layers."""
     _, whole = load(fp8, dtype=dtype)
     mesh = mesh_of(8)
     spec = lambda leaf: NamedSharding(mesh, zero_spec(P(), leaf.shape, 8))
+    monkeypatch.setattr(load_module, "HOST_BYTES", host_bytes)
     read = []
     actual = Reader.read
     monkeypatch.setattr(Reader, "read", lambda self, name, index=(): read.append(
@@ -242,7 +243,7 @@ def test_a_checkpoint_that_is_not_whole_is_an_error(fp8, tmp_path, change, messa
     (dict(num_nextn_predict_layers=0), "does not call for, the first is model.layers.3"),
     (dict(n_routed_experts=16), "lacks"),
     (dict(hidden_size=200), r"shape \[300, 192\]; config.json calls for \[300, 200\]"),
-    (dict(q_lora_rank=None), "lacks 4 tensors"),
+    (dict(q_lora_rank=None), "lacks 8 tensors"),
     (dict(quantization_config=None), "does not call for"),
 ])
 def test_a_configuration_that_contradicts_the_tensors_is_an_error(fp8, tmp_path, change, message):
