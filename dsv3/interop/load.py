@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint on disk as parameters: checked as a whole, read slice by slice, born where they live."""
 
+import math
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
@@ -13,11 +14,14 @@ from dsv3.interop.hf_config import is_fp8, to_model_config
 from dsv3.interop.layout import SCALE, Entry, Path, kept_fp8, leaf_shapes, leaves, scale_shape, table
 from dsv3.interop.safetensors import DTYPES, Reader, read_json
 from dsv3.model.rope import frequencies
+from dsv3.parallel.fingerprint import leaf_names
 from dsv3.quant.blocks import Blocks, dequantize_blocks
 
 FP8, FLOATS = "F8_E4M3", ("BF16", "F32", "F16")
 BUFFER = "self_attn.rotary_emb.inv_freq"
 """Moonlight's and Kimi-K2's files also hold the rotary frequencies of every layer."""
+HOST_BYTES = 1 << 28
+"""Shards up to this size are put together on the host."""
 Region = tuple[slice, ...]
 
 
@@ -64,36 +68,65 @@ def load(directory: FilePath, *, dtype: str | None = "float32", shardings: Any =
     """
     source = open_source(directory, dtype)
     check_copies(source)
-    given = {tuple(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(shardings)}
+    given = dict(zip(leaf_names(shardings), jax.tree.leaves(shardings), strict=True))
     shapes, found = leaf_shapes(source.entries), {"params": {}, "routing": {}}
     for path, entries in leaves(source.entries).items():
         if path[0] not in found:
             continue
-        sharding = given.get(path, given.get(path[:-1], jax.sharding.SingleDeviceSharding(jax.devices()[0])))
         *above, name = path
         node = found
         for key in above:
             node = node.setdefault(key, {})
-        node[name] = _place(source, entries, shapes[path], sharding)
+        node[name] = _place(source, entries, shapes[path], _sharding(given, path))
     return source.config, _blocks(found)
+
+
+def _sharding(given: dict[str, jax.sharding.Sharding], path: Path) -> jax.sharding.Sharding:
+    """Where an array lives: as `given`, where the scales of a kept FP8 matrix may be left out (all of them everywhere).
+
+    Without any, everything lives on the first device.
+    """
+    if not given:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    name, matrix = "/".join(path), "/".join(path[:-1])
+    require(name in given or matrix in given, f"shardings lack {name}; give one for each array")
+    if name not in given and path[-1] == "scales":
+        return jax.sharding.NamedSharding(given[matrix].mesh, jax.sharding.PartitionSpec())
+    return given.get(name, given.get(matrix))
 
 
 def _place(source: Source, entries: list[Entry], shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array:
     """An array of `shape` where `sharding` says, filled tensor by tensor. Replicas are copies of one another."""
-    dtype, first, shards = source.dtypes[entries[0].path], {}, []
+    first, shards = {}, []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         region = tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
         key = tuple((part.start, part.stop) for part in region)
         if key not in first:
-            shard = jnp.zeros([part.stop - part.start for part in region], dtype, device=device)
-            for entry in entries:
-                if (part := common(entry.place, region)) is not None:
-                    start = [a.start - b.start for a, b in zip(part, region, strict=True)]
-                    shard = _put(shard, read_part(source, entry, part), start)
-                    source.reader.release(entry.name)
-            first[key] = shard
+            first[key] = _shard(source, entries, region, device)
         shards.append(jax.device_put(first[key], device))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _shard(source: Source, entries: list[Entry], region: Region, device: jax.Device) -> jax.Array:
+    """A region of an array on a device.
+
+    A small one is put together on the host, which needs no compiled program; a large one grows where it lives.
+    """
+    shape, dtype = [part.stop - part.start for part in region], source.dtypes[entries[0].path]
+    on_host = math.prod(shape) * dtype.itemsize <= HOST_BYTES
+    shard = np.empty(shape, dtype) if on_host else jnp.zeros(shape, dtype, device=device)
+    for entry in entries:
+        part = common(entry.place, region)
+        if part is None:
+            continue
+        place = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, region, strict=True))
+        values = read_part(source, entry, part)
+        if on_host:
+            shard[place] = values
+        else:
+            shard = _put(shard, values, [axis.start for axis in place])
+        source.reader.release(entry.name)
+    return jax.device_put(shard, device)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -194,10 +194,9 @@ def write(
         with (directory / file_name).open("wb") as file:
             file.write(_header({name: shapes[name] for name in tensors}))
             for name in tensors:
-                array = np.ascontiguousarray(produce(name))
-                dtype, shape = shapes[name]
+                array, (dtype, shape) = produce(name), shapes[name]
                 assert array.dtype == DTYPES[dtype] and array.shape == shape, (name, array.dtype, array.shape, shape)
-                file.write(array.reshape(-1).view(np.uint8).data)
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 done(array.nbytes)
             file.flush()
             os.fsync(file.fileno())
