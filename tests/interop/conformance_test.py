@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 from dsv3.inference.generate import make_generator
@@ -110,11 +111,29 @@ def replaced(node, path, value):
     return dataclasses.replace(node, **{name: replaced(getattr(node, name), rest, value) if rest else value})
 
 
+def by_oracle(config, variables, expected):
+    """float64 logits [T, V] of the main model and of every MTP depth."""
+    tokens_BT = expected["tokens"][None]
+    ones_BT, targets_BT = np.ones(tokens_BT.shape, int), np.pad(tokens_BT[:, 1:], [(0, 0), (0, 1)])
+    found = oracle.forward(
+        variables["params"], variables["routing"], config, tokens_BT, targets_BT, ones_BT, ones_BT, False)
+    return found.logits_BTV[0], [logits_BTV[0] for logits_BTV in found.mtp_logits]
+
+
+@BY_NAME
+def test_the_oracle_agrees_with_transformers(case):
+    """float64 NumPy, written from the report, against float32 torch."""
+    config, variables, expected = opened(case)
+    logits_TV, ahead = by_oracle(config, variables, expected)
+    assert worst(expected["logits"], logits_TV) < 1e-5
+    for deeper_TV in ahead:
+        assert worst(expected["mtp_logits"], deeper_TV[:-1]) < 1e-5
+
+
 @pytest.mark.parametrize("name, path, value", TRAPS, ids=lambda value: str(value))
 def test_a_mistaken_field_shows(name, path, value):
     """The goldens can tell: with any of these fields set otherwise, logits are a hundred times too far away."""
-    case = next(case for case in CASES if case.name == name)
-    config, variables, expected = opened(case)
-    logits_TV, ahead = forward(replaced(config, path, value), variables, expected["tokens"])
+    config, variables, expected = opened(next(case for case in CASES if case.name == name))
+    logits_TV, ahead = by_oracle(replaced(config, path, value), variables, expected)
     actual, wanted = (ahead[0][:-1], "mtp_logits") if path.startswith("mtp.") else (logits_TV, "logits")
     assert worst(actual, expected[wanted]) > 2e-3
