@@ -1,4 +1,4 @@
-"""Measures of this machine: python -m experiments.benchmark [step|kernels|import] [flags]
+"""Measures of this machine: python -m experiments.benchmark COMMAND [flags]
 
 Without a word, step time, compile time and program size of small fixed shapes, against committed ratios (`--update`
 rewrites them). `step` measures one training step of a config (`--config=FILE`, `--config.FIELD=VALUE`,

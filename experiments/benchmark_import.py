@@ -1,7 +1,7 @@
 """Peak memory and speed of an import: python -m experiments.benchmark import --gigabytes=4 --scratch=DIR"""
 
 import json
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -72,14 +72,17 @@ def write_fp8(directory: Path, config: ModelConfig, seed: int, file_bytes: int =
 
 
 def import_in_child(hf: Path, workdir: Path, *arguments: str) -> tuple[float, int]:
-    """Seconds and the peak memory in bytes (resident, files that are mapped included) of an import in its own process.
-
-    The peak is that of the largest child so far.
-    """
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "experiments.convert", "import", f"--hf={hf}", f"--workdir={workdir}",
-                    *arguments], check=True)
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    """Seconds and peak memory in bytes (resident, mapped files included) of an import in a process of its own."""
+    start, peak = time.perf_counter(), 0
+    child = subprocess.Popen([sys.executable, "-m", "experiments.convert", "import", f"--hf={hf}",
+                              f"--workdir={workdir}", *arguments])
+    while child.poll() is None:
+        # Not getrusage, which counts what the parent had in memory when it started the child.
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{child.pid}/status").read_text())
+        peak = max(peak, int(found[1]) * 1024 if found else 0)
+        time.sleep(0.02)
+    require(child.returncode == 0, f"the import failed with status {child.returncode}")
+    return time.perf_counter() - start, peak
 
 
 def main(overrides: Sequence[str]) -> None:

@@ -46,15 +46,14 @@ def import_checkpoint(hf: Path, workdir: Path, template: Config, *, dtype: str |
     source = open_source(hf, dtype)
     config = dataclasses.replace(template, model=source.config)
     partial = workdir / "import.partial"
+    _begin(partial, source, dtype)
     try:
-        _begin(partial, source, dtype)
         arrays = _fill(partial, source, workers)
         check_copies(source)
         _copy_files(hf, partial / HF)
     except UserError:
-        if not (workdir / "checkpoints").exists():
-            shutil.rmtree(partial, ignore_errors=True)
-            _remove_if_empty(workdir)
+        shutil.rmtree(partial, ignore_errors=True)
+        _remove_if_empty(workdir)
         raise
     marks = {name: mapped.fingerprint(array) for name, array in tqdm(arrays.items(), "fingerprints", disable=None)}
     shapes = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}

@@ -4,7 +4,6 @@ import errno
 import json
 import logging
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,22 +15,21 @@ import jax
 import numpy as np
 import pytest
 from hf_models import RAGGED, ROOT
-from interop.load_test import rewrite, tensors
-from small_runs import SMALL, small_config, write_corpus
+from small_runs import small_config, write_corpus
 
 from dsv3.config import UserError, override, to_dict
-from dsv3.data.tokenizer import BOS, FIM_HOLE, Tokenizer, byte_tokenizer, released_tokenizer
+from dsv3.data.tokenizer import BOS, FIM_HOLE, byte_tokenizer, released_tokenizer
 from dsv3.interop import import_run
 from dsv3.interop.export_run import export_run
 from dsv3.interop.import_run import import_checkpoint
 from dsv3.interop.load import load
 from dsv3.interop.safetensors import Reader
 from dsv3.model.ops import reference_ops
-from dsv3.train.checkpoint import Checkpoints
 from dsv3.train.loop import train
 from experiments.benchmark_import import import_in_child, v3_like, write_fp8
 from experiments.launch import load_config
 from experiments.runs import load_run
+from interop.load_test import rewrite, tensors
 
 BESIDE = {
     "tokenizer.json": byte_tokenizer().to_json(), "tokenizer_config.json": '{"add_bos_token": true}',

@@ -5,9 +5,9 @@ import dataclasses
 import json
 
 import pytest
+from hf_models import NAMES, ours, published
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hf_models import NAMES, ours, published
 from tiny_models import FAMILY, model_config
 
 from dsv3.config import UserError, YarnConfig

@@ -70,7 +70,8 @@ def test_the_transposition_of_every_matrix_is_that_of_the_model(tmp_path):
     export(config, flatten(variables), tmp_path / "hf", dtype="float32")
     reader, moe = Reader(tmp_path / "hf"), variables["params"]["moe_layers"]["moe"]
     x_D = np.random.default_rng(0).standard_normal(config.dim).astype(np.float32)
-    gate, up, down = (reader.read(f"model.layers.2.mlp.experts.5.{part}_proj.weight") for part in ("gate", "up", "down"))
+    expert = "model.layers.2.mlp.experts.5."
+    gate, up, down = (reader.read(f"{expert}{part}_proj.weight") for part in ("gate", "up", "down"))
     hidden = (gate @ x_D) / (1 + np.exp(-(gate @ x_D))) * (up @ x_D)
     ours = x_D @ np.asarray(moe["experts_gate_up"][1, 5])
     half = len(ours) // 2
