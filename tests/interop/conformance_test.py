@@ -132,8 +132,8 @@ def test_the_oracle_agrees_with_transformers(case):
 
 @pytest.mark.parametrize("name, path, value", TRAPS, ids=lambda value: str(value))
 def test_a_mistaken_field_shows(name, path, value):
-    """The goldens can tell: with any of these fields set otherwise, logits are a hundred times too far away."""
+    """The goldens can tell: with any of these fields set otherwise, some logits are a tenth of their length away."""
     config, variables, expected = opened(next(case for case in CASES if case.name == name))
     logits_TV, ahead = by_oracle(replaced(config, path, value), variables, expected)
     actual, wanted = (ahead[0][:-1], "mtp_logits") if path.startswith("mtp.") else (logits_TV, "logits")
-    assert worst(actual, expected[wanted]) > 2e-3
+    assert worst(actual, expected[wanted]) > 0.1
