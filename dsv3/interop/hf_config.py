@@ -29,13 +29,14 @@ SAME_YARN = {
 
 MUST_BE = {
     "hidden_act": "silu", "moe_layer_freq": 1, "attention_bias": False, "attention_dropout": 0.0,
-    "tie_word_embeddings": False, "pretraining_tp": 1, "rope_interleave": True,
+    "tie_word_embeddings": False, "pretraining_tp": 1, "rope_interleave": True, "mlp_bias": False,
 }
 """What this model has no field for, and always does."""
 
 METADATA = frozenset({
     "architectures", "auto_map", "aux_loss_alpha", "bos_token_id", "eos_token_id", "ep_size", "max_position_embeddings",
-    "model_type", "_name_or_path", "pad_token_id", "seq_aux", "transformers_version", "use_cache",
+    "model_type", "_name_or_path", "output_router_logits", "pad_token_id", "seq_aux", "transformers_version",
+    "use_cache",
 })
 """Keys that say nothing about the outputs of the model."""
 
@@ -136,7 +137,7 @@ def _published(config: ModelConfig) -> dict[str, Any]:
     result["rope_scaling"] = yarn and {key: yarn[name] for key, name in SAME_YARN.items()} | {"type": "yarn"}
     grouped = "greedy" if config.moe.n_expert_groups == 1 else "group_limited_greedy"
     result["topk_method"] = "noaux_tc" if config.moe.selection_bias else grouped
-    del result["rope_interleave"]  # only newer code knows the key
+    del result["rope_interleave"], result["mlp_bias"]  # only newer code knows these keys
     return result
 
 

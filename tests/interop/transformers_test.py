@@ -4,13 +4,16 @@ The other direction needs no torch: `conformance_test.py`. This one runs where `
 """
 
 import dataclasses
+from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
 from tiny_models import FAMILY, random_batch, random_variables, transformer
 
 from dsv3.interop.export import export, flatten
+from dsv3.interop.load import load
 
 for package in ("torch", "transformers", "safetensors"):
     pytest.importorskip(package, reason="torch and transformers are another gigabyte: pip install 'dsv3[interop]'")
@@ -59,3 +62,14 @@ def test_an_exported_model_computes_the_same_there(name, tmp_path):
     for k, (deeper_BTV, wanted) in enumerate(zip(ahead, expected, strict=True), start=1):
         figures.append(worst(deeper_BTV[0, :-k], wanted))
     assert max(figures) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["v3_yarn", "moonlight", "v2_groups"])
+def test_what_transformers_saves_is_read(name, tmp_path):
+    """It writes another `config.json` (rope_parameters, keys of its own), and the same weights."""
+    from goldens.make_hf_goldens import load as load_there
+    golden = Path(__file__).parents[1] / "goldens" / "hf" / name
+    load_there(golden).save_pretrained(tmp_path)
+    (config, variables), (saved_config, saved) = load(golden), load(tmp_path)
+    assert dataclasses.replace(saved_config, dtype=config.dtype) == config and saved_config.dtype == "float32"
+    chex.assert_trees_all_equal(saved, variables)
