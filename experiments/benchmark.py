@@ -2,8 +2,8 @@
 
 Without a word, step time, compile time and program size of small fixed shapes, against committed ratios (`--update`
 rewrites them). `step` measures one training step of a config (`--config=FILE`, `--config.FIELD=VALUE`,
-`--profile=DIR`). `kernels` checks every Hopper kernel against its reference and times it. `import` generates a checkpoint of
-`--gigabytes` in `--scratch` and measures the peak memory and the speed of importing it.
+`--profile=DIR`). `kernels` checks every Hopper kernel against its reference and times it. `import` generates a
+checkpoint of `--gigabytes` in `--scratch` and measures the peak memory and the speed of importing it.
 """
 
 from absl import flags

@@ -1,9 +1,9 @@
 """Weights of ours as a Hugging Face checkpoint."""
 
+import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -18,6 +18,7 @@ from dsv3.interop.safetensors import DTYPES, FILE_BYTES, NAMES, n_bytes, write
 from dsv3.quant.blocks import BLOCK, Blocks, block_scales, dequantize_blocks, n_blocks, quantize_blocks
 
 FP8 = "F8_E4M3"
+PLAN = "plan.sha256"
 FORMATS = {"bf16": "BF16", "float32": "F32", "fp8": "BF16"}
 """`--dtype` -> the dtype of what is not FP8; selection biases and scales are always float32."""
 Arrays = Mapping[Path, Any]
@@ -33,7 +34,8 @@ def flatten(variables: Mapping[str, Any]) -> Arrays:
 
 def export(
     config: ModelConfig, arrays: Arrays, directory: FilePath, *, dtype: str | None = "bf16",
-    base: Mapping[str, Any] | None = None, files: Mapping[str, bytes] | None = None, file_bytes: int = FILE_BYTES,
+    base: Mapping[str, Any] | None = None, files: Mapping[str, bytes] | None = None, identity: str | None = None,
+    file_bytes: int = FILE_BYTES,
     begin: Callable[[int], None] = lambda n_bytes: None, done: Callable[[int], None] = lambda n_bytes: None,
 ) -> None:
     """Write `config.json`, the weights, one tensor at a time, and `files` into a new `directory`.
@@ -42,8 +44,9 @@ def export(
     that are `Blocks` are written as they are). None writes every array as it is stored. `base`: see `to_hf_config`.
     `begin` hears of all bytes, `done` of each tensor's.
 
-    The directory appears by a rename when it is complete. Raises `UserError` where it exists, and for a model that the
-    released code cannot express.
+    The directory appears by a rename when it is complete. With `identity`, a text that stands for the values of
+    `arrays`, an export that was interrupted continues with the file it was at. Raises `UserError` where the directory
+    exists, and for a model that the released code cannot express.
     """
     require(dtype is None or dtype in FORMATS, f"--dtype={dtype}; expected one of {', '.join(FORMATS)}")
     require(not directory.exists(), f"{directory} exists already; choose another directory or remove it")
@@ -62,10 +65,7 @@ def export(
             return _scales(entry, arrays[entry.path])
         return _tensor(entry, arrays[entry.path], shapes[name][0])
 
-    directory = directory.absolute()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
-    partial.mkdir()
+    partial = _begin(directory.absolute(), json.dumps([identity, hf, shapes, file_bytes]), identity is not None)
     try:
         begin(sum(n_bytes(*info) for info in shapes.values()))
         write(partial, shapes, produce, file_bytes=file_bytes, done=done)
@@ -73,9 +73,26 @@ def export(
         for name, content in (files or {}).items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
+        (partial / PLAN).unlink()
         os.rename(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        if identity is None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _begin(directory: FilePath, plan: str, continues: bool) -> FilePath:
+    """The place where `directory` grows: what an interrupted export of the same `plan` has left, or an empty one."""
+    digest = hashlib.sha256(plan.encode()).hexdigest()
+    partial = directory.with_name(f"{directory.name}.partial")
+    if partial.exists():
+        require((partial / PLAN).exists(), f"{partial} is in the way and is no unfinished export; remove it")
+        if continues and (partial / PLAN).read_text() == digest:
+            return partial
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    (partial / PLAN).write_text(digest)
+    return partial
 
 
 def _buffers(arrays: Arrays) -> list[Entry]:

@@ -27,9 +27,11 @@ def export_run(workdir: Path, hf: Path, *, dtype: str | None = None, ema: bool =
     """Write the newest checkpoint of `workdir` to the new directory `hf`, with its tokenizer and chat template.
 
     `dtype` None: imported weights as they were stored (bit for bit, FP8 with its scales), others in bfloat16. With
-    `ema`, the moving average of the weights. Raises `UserError` as `export` does.
+    `ema`, the moving average of the weights. The same call continues an interrupted export. Raises `UserError` as
+    `export` does.
     """
     with Checkpoints(open_run(workdir)) as checkpoints:
+        identity = f"{checkpoints.identity()} {ema}"
         arrays, description = _arrays(checkpoints, ema)
     imported = not description.data
     dtype = dtype if imported else dtype or "bf16"
@@ -39,7 +41,8 @@ def export_run(workdir: Path, hf: Path, *, dtype: str | None = None, ema: bool =
         model = dataclasses.replace(model, dtype=DTYPES[dtype])
     base, files = _came_with(workdir / HF) if (workdir / HF).is_dir() else _made_here(description)
     with tqdm(unit="B", unit_scale=True, desc="export", disable=None) as bar:
-        export(model, arrays, hf, dtype=dtype, base=base, files=files, begin=bar.reset, done=bar.update)
+        export(model, arrays, hf, dtype=dtype, base=base, files=files, identity=identity,
+               begin=bar.reset, done=bar.update)
 
 
 def _arrays(checkpoints: Checkpoints, ema: bool) -> tuple[Arrays, Description]:

@@ -186,12 +186,17 @@ def write(
     """Write a checkpoint into `directory`: `shapes` maps every tensor to (dtype, shape), `produce` makes one at a time.
 
     Files hold at most `file_bytes` unless a single tensor is larger. `done` hears of every tensor's bytes. Within a
-    file wider elements come first, so that every tensor is aligned to its own.
+    file wider elements come first, so that every tensor is aligned to its own. A file appears by a rename when it is
+    complete; one that is there already is taken as written.
     """
     files = _plan(shapes, file_bytes)
     names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     for file_name, tensors in zip(names, files, strict=True):
-        with (directory / file_name).open("wb") as file:
+        if (directory / file_name).exists():
+            done(sum(n_bytes(*shapes[name]) for name in tensors))
+            continue
+        unfinished = directory / f"{file_name}.part"
+        with unfinished.open("wb") as file:
             file.write(_header({name: shapes[name] for name in tensors}))
             for name in tensors:
                 array, (dtype, shape) = produce(name), shapes[name]
@@ -200,6 +205,7 @@ def write(
                 done(array.nbytes)
             file.flush()
             os.fsync(file.fileno())
+        unfinished.rename(directory / file_name)
     index = {"metadata": {"total_size": sum(n_bytes(*info) for info in shapes.values())},
              "weight_map": {name: file for file, tensors in zip(names, files, strict=True) for name in tensors}}
     (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -204,9 +204,16 @@ class Checkpoints:
 
     def describe(self) -> Description:
         """The newest readable checkpoint's configuration, tokenizer and data."""
+        return _description(self._newest_record())
+
+    def identity(self) -> str:
+        """The sha256 of the newest readable record, and so of the fingerprints of its arrays."""
+        return hashlib.sha256(json.dumps(self._newest_record()).encode()).hexdigest()
+
+    def _newest_record(self) -> dict[str, Any]:
         for step in reversed(self.steps()):
             try:
-                return _description(self._record(step))
+                return self._record(step)
             except Damaged as error:
                 logging.error("checkpoint %s is damaged: %s", self._directory / str(step), error)
         raise UserError(f"{self._directory} holds no undamaged checkpoint")

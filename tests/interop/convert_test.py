@@ -19,6 +19,7 @@ from small_runs import small_config, write_corpus
 
 from dsv3.config import UserError, override, to_dict
 from dsv3.data.tokenizer import BOS, FIM_HOLE, byte_tokenizer, released_tokenizer
+from dsv3.interop import export as export_module
 from dsv3.interop import import_run
 from dsv3.interop.export_run import export_run
 from dsv3.interop.import_run import import_checkpoint
@@ -128,6 +129,7 @@ def test_rotary_frequencies_and_a_narrow_bias_go_out_as_they_came(fp8, template,
 KILLED = """
 import sys, time
 from pathlib import Path
+from dsv3.interop import export as export_module
 from dsv3.interop import import_run
 from experiments.launch import load_config
 actual = import_run.read_part
@@ -177,6 +179,53 @@ def test_an_import_that_fails_for_want_of_a_disk_continues(fp8, imported, templa
     assert not (tmp_path / "run/checkpoints").exists()
     import_checkpoint(fp8, tmp_path / "run", template)
     assert files(tmp_path / "run") == files(imported)
+
+
+KILLED_EXPORT = """
+import sys, time
+from pathlib import Path
+from dsv3.interop import export, export_run
+actual = export._tensor
+def slow(*arguments):
+    time.sleep(0.01)
+    return actual(*arguments)
+export._tensor = slow
+export.export.__kwdefaults__["file_bytes"] = 200_000
+export_run.export_run(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_export_continues_with_the_file_it_was_at(fp8, imported, tmp_path, monkeypatch):
+    partial = tmp_path / "hf.partial"
+    child = subprocess.Popen([sys.executable, "-c", KILLED_EXPORT, str(imported), str(tmp_path / "hf")], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while len(list(partial.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
+        assert child.poll() is None, "ended before it was killed"
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (tmp_path / "hf").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
+    made, actual = [], export_module._tensor
+    monkeypatch.setattr(export_module, "_tensor", lambda *arguments: made.append(1) or actual(*arguments))
+    monkeypatch.setitem(export_module.export.__kwdefaults__, "file_bytes", 200_000)
+    export_run(imported, tmp_path / "hf")
+    assert {name: (tmp_path / "hf" / name).stat().st_mtime_ns for name in kept} == kept and len(kept) >= 3
+    scales = sum(name.endswith("_scale_inv") for name in Reader(fp8).tensors)
+    assert 0 < len(made) < len(Reader(fp8).tensors) - scales
+    assert tensors(tmp_path / "hf") == tensors(fp8)
+    assert not list(tmp_path.rglob("*part*")) and not (tmp_path / "hf/plan.sha256").exists()
+
+
+def test_an_unfinished_export_of_something_else_is_begun_anew(fp8, imported, tmp_path):
+    (tmp_path / "hf.partial").mkdir()
+    with pytest.raises(UserError, match="in the way"):
+        export_run(imported, tmp_path / "hf")
+    (tmp_path / "hf.partial/plan.sha256").write_text("other")
+    (tmp_path / "hf.partial/model-00001-of-00001.safetensors").write_bytes(b"other")
+    export_run(imported, tmp_path / "hf")
+    assert tensors(tmp_path / "hf") == tensors(fp8)
 
 
 def nan_scale(arrays):
