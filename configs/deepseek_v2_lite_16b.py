@@ -43,7 +43,8 @@ def get_config() -> Config:
                 v_head_dim=128, rope_theta=10000.0,
                 yarn=YarnConfig(
                     factor=40.0, original_seq_len=4096, beta_fast=32.0, beta_slow=1.0, mscale=0.707,
-                    mscale_all_dim=0.707)),
+                    mscale_all_dim=0.707),
+                norm_eps=1e-6),
             moe=MoEConfig(
                 n_routed_experts=64, n_shared_experts=2, n_activated_experts=6, n_expert_groups=1, n_limited_groups=1,
                 moe_inter_dim=1408, score_func="softmax", selection_bias=False, norm_topk_prob=False,

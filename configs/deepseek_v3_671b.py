@@ -39,7 +39,7 @@ def get_config() -> Config:
             init_std=0.006, dtype="bfloat16", remat="report", scan_unroll=1,
             attention=AttentionConfig(
                 n_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
-                v_head_dim=128, rope_theta=10000.0, yarn=None),
+                v_head_dim=128, rope_theta=10000.0, yarn=None, norm_eps=1e-6),
             moe=MoEConfig(
                 n_routed_experts=256, n_shared_experts=1, n_activated_experts=8, n_expert_groups=8,
                 n_limited_groups=4, moe_inter_dim=2048, score_func="sigmoid", selection_bias=True,

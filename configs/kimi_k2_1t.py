@@ -35,7 +35,8 @@ def get_config() -> Config:
                 n_heads=64, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
                 v_head_dim=128, rope_theta=50000.0,
                 yarn=YarnConfig(
-                    factor=32.0, original_seq_len=4096, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)),
+                    factor=32.0, original_seq_len=4096, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
+                norm_eps=1e-6),
             moe=MoEConfig(
                 n_routed_experts=384, n_shared_experts=1, n_activated_experts=8, n_expert_groups=1, n_limited_groups=1,
                 moe_inter_dim=2048, score_func="sigmoid", selection_bias=True, norm_topk_prob=True,

@@ -31,7 +31,7 @@ def get_config() -> Config:
             init_std=0.006, dtype="bfloat16", remat="report", scan_unroll=1,
             attention=AttentionConfig(
                 n_heads=16, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
-                v_head_dim=128, rope_theta=50000.0, yarn=None),
+                v_head_dim=128, rope_theta=50000.0, yarn=None, norm_eps=1e-6),
             moe=MoEConfig(
                 n_routed_experts=64, n_shared_experts=2, n_activated_experts=6, n_expert_groups=1, n_limited_groups=1,
                 moe_inter_dim=1408, score_func="sigmoid", selection_bias=True, norm_topk_prob=True,

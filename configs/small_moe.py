@@ -46,7 +46,7 @@ def get_config() -> Config:
             dtype="bfloat16", remat="report", scan_unroll=7,
             attention=AttentionConfig(
                 n_heads=8, q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-                rope_theta=10000.0, yarn=None),
+                rope_theta=10000.0, yarn=None, norm_eps=1e-6),
             moe=MoEConfig(
                 n_routed_experts=64, n_shared_experts=1, n_activated_experts=8, n_expert_groups=8, n_limited_groups=4,
                 moe_inter_dim=512, score_func="sigmoid", selection_bias=True, norm_topk_prob=True, route_scale=2.5),

@@ -38,7 +38,7 @@ def get_config() -> Config:
             dtype="float32", remat="report", scan_unroll=1,
             attention=AttentionConfig(
                 n_heads=4, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
-                rope_theta=10000.0, yarn=None),
+                rope_theta=10000.0, yarn=None, norm_eps=1e-6),
             moe=MoEConfig(
                 n_routed_experts=8, n_shared_experts=1, n_activated_experts=2, n_expert_groups=4, n_limited_groups=2,
                 moe_inter_dim=128, score_func="sigmoid", selection_bias=True, norm_topk_prob=True, route_scale=1.0),

@@ -30,4 +30,6 @@ def load_run(workdir: Path, *, ema: bool = False) -> Run:
         model = Transformer(config.model, reference_ops())
         recipe = make_recipe(model, config.train, config.data.segment_ids, make_mesh(MeshConfig(data=1)))
         variables, description = checkpoints.restore_variables(abstract_state(recipe), ema=ema)
-    return Run(description.config, Tokenizer.from_json(description.tokenizer), on_one_device(variables))
+    text = description.tokenizer  # "": imported weights without one, which is missed when text is wanted
+    tokenizer = Tokenizer.from_json(text) if text else Tokenizer("")
+    return Run(description.config, tokenizer, on_one_device(variables))

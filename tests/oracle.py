@@ -107,7 +107,7 @@ def mla_queries(x_TD, w, config, positions):
     if a.q_lora_rank is None:
         q = x_TD @ w["q"]
     else:
-        q = rms_norm(x_TD @ w["q_a"], w["q_norm"], config.norm_eps) @ w["q_b"]
+        q = rms_norm(x_TD @ w["q_a"], w["q_norm"], a.norm_eps) @ w["q_b"]
     frequencies, amplitude, _ = rope_frequencies(a)
     nope, rope = [], []
     for h in range(a.n_heads):
@@ -121,7 +121,7 @@ def mla_latents(x_TD, w, config, positions):
     """Equations 1 and 3, all that a cache holds: the normed latent c_kv_SC and the rotated, shared key k_rope_SR."""
     a = config.attention
     kv = x_TD @ w["kv_a"]
-    c_kv_SC = rms_norm(kv[:, :a.kv_lora_rank], w["kv_norm"], config.norm_eps)
+    c_kv_SC = rms_norm(kv[:, :a.kv_lora_rank], w["kv_norm"], a.norm_eps)
     frequencies, amplitude, _ = rope_frequencies(a)
     return c_kv_SC, rotate_interleaved(kv[:, a.kv_lora_rank:], positions, frequencies, amplitude)
 

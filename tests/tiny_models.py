@@ -36,7 +36,7 @@ def model_config(attention: dict = {}, moe: dict = {}, mtp: dict = {}, **changes
         dtype="float32", remat="none", scan_unroll=1,
         attention=AttentionConfig(**dict(
             n_heads=3, q_lora_rank=14, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5,
-            rope_theta=100.0, yarn=None) | attention),
+            rope_theta=100.0, yarn=None, norm_eps=1e-6) | attention),
         moe=MoEConfig(**dict(
             n_routed_experts=8, n_shared_experts=1, n_activated_experts=3, n_expert_groups=4, n_limited_groups=2,
             moe_inter_dim=12, score_func="sigmoid", selection_bias=True, norm_topk_prob=True, route_scale=2.5) | moe),
@@ -80,7 +80,7 @@ FAMILY = {
     "v3_yarn": model_config(attention=dict(yarn=YARN)),
     "yarn_unequal_mscale": model_config(attention=dict(yarn=dataclasses.replace(YARN, mscale_all_dim=0.707))),
     "no_query_compression": model_config(attention=dict(q_lora_rank=None)),
-    "one_group": model_config(moe=dict(n_expert_groups=1, n_limited_groups=1, route_scale=2.446)),
+    "one_group": model_config(norm_eps=1e-2, moe=dict(n_expert_groups=1, n_limited_groups=1, route_scale=2.446)),
     "v2_greedy": model_config(
         attention=dict(q_lora_rank=None), mtp=dict(depth=0),
         moe=V2 | dict(n_expert_groups=1, n_limited_groups=1, route_scale=1.0)),

@@ -28,7 +28,11 @@ class YarnConfig(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(Node):
-    """Multi-head latent attention. `q_lora_rank=None` projects queries directly (V2-Lite, Moonlight)."""
+    """Multi-head latent attention. `q_lora_rank=None` projects queries directly (V2-Lite, Moonlight).
+
+    `norm_eps` belongs to the norms of the two latents. Released code leaves it at 1e-6 whatever `rms_norm_eps` is,
+    which counts where the two differ (Moonlight: 1e-5); every other norm of the model takes `model.norm_eps`.
+    """
 
     n_heads: int
     q_lora_rank: int | None
@@ -38,10 +42,11 @@ class AttentionConfig(Node):
     v_head_dim: int
     rope_theta: float
     yarn: YarnConfig | None
+    norm_eps: float
 
     def validate(self) -> None:
         for name in ("n_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-                     "rope_theta"):
+                     "rope_theta", "norm_eps"):
             require(getattr(self, name) > 0, f"attention.{name} is {getattr(self, name)}; expected a positive value")
         require(self.q_lora_rank is None or self.q_lora_rank > 0,
                 f"attention.q_lora_rank is {self.q_lora_rank}; use None for no query compression")

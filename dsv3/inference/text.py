@@ -1,7 +1,7 @@
 """Text in, text out: a prompt continued piece by piece."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import chex
 
@@ -20,7 +20,15 @@ def continue_text(
 
     `sampling` goes to `generate`: max_new_tokens, temperature, top_p, seed. Raises `UserError` as it does.
     """
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
+    return continue_ids(config, ops, variables, tokenizer, ids, cache_length=cache_length, **sampling)
+
+
+def continue_ids(
+    config: ModelConfig, ops: Ops, variables: chex.ArrayTree, tokenizer: Tokenizer, ids: Sequence[int], *,
+    cache_length: int, **sampling,
+) -> Iterator[str]:
+    """The same after token ids, which begin with bos or whatever else the model expects there."""
     model = Transformer(dataclasses.replace(config, remat="none"), ops)
     generate = make_generator(model, tokenizer.vocab_size, cache_length)
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     return tokenizer.decode_stream(generate(variables, ids, eos_id=tokenizer.eos_id, **sampling))

@@ -63,7 +63,7 @@ class MLA(nn.Module):
             self, "kv_b", init, kv_latent=c.kv_lora_rank, heads=c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
         out = matrix(self, "o", init, heads=c.n_heads * c.v_head_dim, embed=d)
 
-        eps = self.config.norm_eps
+        eps, latent_eps = self.config.norm_eps, c.norm_eps
         if c.q_lora_rank is None:
             q = matrix(self, "q", init, embed=d, heads=q_out)
             q_flat, kv_flat = self.ops.norm_linear(("attn.q", "attn.kv_a"), x_BTD, norm, (q, kv_a), eps)
@@ -72,7 +72,7 @@ class MLA(nn.Module):
             q_norm = gain(self, "q_norm", c.q_lora_rank)
             q_b = matrix(self, "q_b", init, q_latent=c.q_lora_rank, heads=q_out)
             q_BTQ, kv_flat = self.ops.norm_linear(("attn.q_a", "attn.kv_a"), x_BTD, norm, (q_a, kv_a), eps)
-            q_flat, = self.ops.norm_linear(("attn.q_b",), q_BTQ, q_norm, (q_b,), eps)
+            q_flat, = self.ops.norm_linear(("attn.q_b",), q_BTQ, q_norm, (q_b,), latent_eps)
 
         heads = (*x_BTD.shape[:2], c.n_heads, -1)
         q_nope_BTHN, q_rope_BTHR = jnp.split(q_flat.reshape(heads), [c.qk_nope_head_dim], axis=-1)
@@ -81,14 +81,14 @@ class MLA(nn.Module):
         k_rope_BTR = rotate(k_rope_BTR, context.rotation_2BTP)
         scale = softmax_scale(c)
         if cache is None:
-            kv_heads, = self.ops.norm_linear(("attn.kv_b",), c_kv_BTC, kv_norm, (kv_b,), eps)
+            kv_heads, = self.ops.norm_linear(("attn.kv_b",), c_kv_BTC, kv_norm, (kv_b,), latent_eps)
             k_nope_BTHN, v_BTHU = jnp.split(kv_heads.reshape(heads), [c.qk_nope_head_dim], axis=-1)
             with jax.named_scope("attention"):
                 o_BTHU = self.ops.attention(
                     q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU,
                     scale=scale, segment_ids_BT=context.segment_ids_BT)
         else:
-            c_kv_BTC = rms_norm(c_kv_BTC, kv_norm, eps)
+            c_kv_BTC = rms_norm(c_kv_BTC, kv_norm, latent_eps)
             cache = _extend(cache, LatentCache(c_kv_BTC, k_rope_BTR), context.positions_BT)
             kv_b_CHX = kv_b.reshape(c.kv_lora_rank, c.n_heads, -1)
             o_BTHU = _absorbed(q_nope_BTHN, q_rope_BTHR, cache, context.positions_BT, kv_b_CHX, scale)

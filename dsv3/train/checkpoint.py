@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from dsv3.config import Config, UserError, from_dict, require, to_dict
 from dsv3.parallel.distributed import barrier
 from dsv3.parallel.fingerprint import fingerprints
+from dsv3.train import mapped
 from dsv3.train.step import TrainState
 
 RECORD = "record"
@@ -47,7 +48,10 @@ class Checkpoint(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What does not: the configuration, the tokenizer's JSON, and the sha256 of every file of the prepared data."""
+    """What does not: the configuration, the tokenizer's JSON, and the sha256 of every file of the prepared data.
+
+    Imported weights have read no data: `data` is empty then, and of `config` only the model says anything.
+    """
 
     config: Config
     tokenizer: str
@@ -139,10 +143,8 @@ class Checkpoints:
         if step in self.steps():
             return
         arrays = _arrays(checkpoint.state, checkpoint.ema)
-        record = _seal({
-            "progress": checkpoint.progress._asdict(),
-            "description": description._asdict() | {"config": to_dict(description.config)},
-            "fingerprints": {name: fingerprints(tree) for name, tree in arrays.items()}})
+        marks = {name: fingerprints(tree) for name, tree in arrays.items()}
+        record = _sealed(checkpoint.progress, description, marks)
         self._saving = step
         try:
             self._manager.save(step, args=ocp.args.Composite(
@@ -159,6 +161,7 @@ class Checkpoints:
 
         `check` sees each checkpoint's description before its arrays are read, and may refuse it with a `UserError`.
         A damaged checkpoint is named in the log and moved to `damaged/` in the workdir. Raises `UserError` if all are.
+        Imported weights come with zeros for everything else, and without a moving average.
         """
         trees = _arrays(abstract_state, _host(abstract_state.params) if ema else None)
         for step in reversed(self.steps()):
@@ -166,8 +169,8 @@ class Checkpoints:
                 record = _together(lambda: self._record(step))
                 description = _description(record)
                 check(description)
-                found = _together(lambda: self._read(step, trees))
-                _together(lambda: _verify(found, record))
+                found = _together(lambda: self._read(step, trees, record))
+                _together(lambda: self._verify(step, found, record))
             except Damaged as damage:
                 self._set_aside(step, damage)
                 continue
@@ -191,8 +194,8 @@ class Checkpoints:
                         "of its weights; train.ema was none")
                 trees = _arrays(abstract_state, _host(abstract_state.params))
                 wanted = {name: trees[name] for name in ("ema" if ema else "params", "routing") if name in trees}
-                found = self._read(step, wanted)
-                _verify(found, record)
+                found = self._read(step, wanted, record)
+                self._verify(step, found, record)
                 params = jax.tree.map(jnp.asarray, found["ema"]) if ema else found["params"]
                 return {"params": params, "routing": found.get("routing", {})}, _description(record)
             except Damaged as error:
@@ -201,22 +204,62 @@ class Checkpoints:
 
     def describe(self) -> Description:
         """The newest readable checkpoint's configuration, tokenizer and data."""
+        return _description(self._newest_record())
+
+    def identity(self) -> str:
+        """The sha256 of the newest readable record, and so of the fingerprints of its arrays."""
+        return hashlib.sha256(json.dumps(self._newest_record()).encode()).hexdigest()
+
+    def _newest_record(self) -> dict[str, Any]:
         for step in reversed(self.steps()):
             try:
-                return _description(self._record(step))
+                return self._record(step)
             except Damaged as error:
                 logging.error("checkpoint %s is damaged: %s", self._directory / str(step), error)
         raise UserError(f"{self._directory} holds no undamaged checkpoint")
 
+    def imported(self) -> tuple[dict[str, Any], Description] | None:
+        """The arrays of the newest checkpoint as they are stored, by name, if they are imported weights.
+
+        Raises `UserError` if they are damaged.
+        """
+        step = max(self.steps(), default=None)
+        if step is None or not (self._directory / str(step) / mapped.RECORD_FILE).exists():
+            return None
+        try:
+            record = self._record(step)
+            self._verify(step, {}, record)
+            with _damage("arrays"):
+                return mapped.open_arrays(self._directory / str(step), record["mapped"]), _description(record)
+        except Damaged as error:
+            raise UserError(f"checkpoint {self._directory / str(step)} is damaged: {error}; import it again") from error
+
     def _record(self, step: int) -> dict[str, Any]:
         """The sealed record of a step. Raises `Damaged`."""
         with _damage("record"):
+            file = self._directory / str(step) / mapped.RECORD_FILE
+            if file.exists():
+                return _unseal(json.loads(file.read_text()))
             return _unseal(self._restored(step, {RECORD: ocp.args.JsonRestore()})[RECORD])
 
-    def _read(self, step: int, trees: dict[str, Any]) -> dict[str, Any]:
+    def _read(self, step: int, trees: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
         """The named arrays of a step. Raises `Damaged`."""
         with _damage("arrays"):
+            if "mapped" in record:
+                wanted = {name: tree for name, tree in trees.items() if name != "ema"}
+                return mapped.read(self._directory / str(step), record["mapped"], wanted)
             return self._restored(step, {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()})
+
+    def _verify(self, step: int, found: dict[str, Any], record: dict[str, Any]) -> None:
+        """Raise `Damaged` unless the arrays are those of the record. All processes take part: arrays are divided."""
+        if "mapped" in record:
+            with _damage("arrays"):
+                wrong = mapped.damaged(self._directory / str(step), record["mapped"], record["fingerprints"])
+        else:
+            wrong = [f"{name}/{path}" for name, tree in found.items()
+                     for path, value in fingerprints(tree).items() if record["fingerprints"][name].get(path) != value]
+        if wrong:
+            raise Damaged(f"{len(wrong)} arrays are not what was saved, the first is {wrong[0]}")
 
     def _restored(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         """Items of a step, read by this process alone: Orbax's manager waits for all of them, also where one fails."""
@@ -270,14 +313,6 @@ def _together(stage: Callable[[], Any]) -> Any:
     return found
 
 
-def _verify(found: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raise `Damaged` unless the arrays are those of the record. All processes take part: arrays are divided."""
-    wrong = [f"{name}/{path}" for name, tree in found.items()
-             for path, value in fingerprints(tree).items() if record["fingerprints"][name].get(path) != value]
-    if wrong:
-        raise Damaged(f"{len(wrong)} arrays are not what was saved, the first is {wrong[0]}")
-
-
 def _arrays(state: TrainState, ema: chex.ArrayTree | None) -> dict[str, Any]:
     """The items of a checkpoint that hold arrays, as Orbax wants them: trees, not leaves, and none of them empty."""
     items = {"params": state.params, "routing": state.routing, "opt_state": state.opt_state,
@@ -290,8 +325,23 @@ def _host(params: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), params)
 
 
-def _seal(record: dict[str, Any]) -> dict[str, str]:
-    body = json.dumps(record)
+def finish_imported(
+    staged: Path, workdir: Path, description: Description, shapes: mapped.Shapes, marks: dict[str, str],
+) -> None:
+    """Make the arrays in `staged` (`dsv3.train.mapped`), with their fingerprints, step 0 of a run: by a rename."""
+    record = _sealed(Progress(tokens=0, rows=0), description, marks, mapped=dict(shapes))
+    (staged / mapped.RECORD_FILE).write_text(json.dumps(record))
+    (staged / "_CHECKPOINT_METADATA").write_text("{}")  # Orbax lists the step, and warns where this is missing
+    (workdir / "checkpoints").mkdir(exist_ok=True)
+    staged.rename(workdir / "checkpoints" / "0")
+
+
+def _sealed(progress: Progress, description: Description, marks: dict[str, Any], **more: Any) -> dict[str, str]:
+    """The record of a checkpoint, with the sha256 of it."""
+    body = json.dumps({
+        "progress": progress._asdict(),
+        "description": description._asdict() | {"config": to_dict(description.config)},
+        "fingerprints": marks} | more)
     return {"body": body, "sha256": hashlib.sha256(body.encode()).hexdigest()}
 
 

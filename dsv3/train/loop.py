@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dsv3.config import Config, UserError, differences, require, to_dict
 from dsv3.data.loader import train_loader
 from dsv3.data.prepare import Prepared, prepare
+from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.batch import Batch
 from dsv3.model.flops import train_flops_per_token
 from dsv3.model.ops import Ops
@@ -101,6 +102,18 @@ def check_same_run(workdir: Path, config: Config, data: dict[str, str], descript
             f"{workdir / 'data'} holds now; restore that directory or choose another workdir")
 
 
+def check_imported(workdir: Path, config: Config, tokenizer: Tokenizer, description: Description) -> None:
+    """Raise `UserError` unless imported weights are of this model, and their tokenizer, if they have one, is this."""
+    free = (*MAY_CHANGE, "model.dtype", "model.init_std")
+    changed = [line for line in differences(to_dict(description.config), to_dict(config))
+               if line.startswith("model.") and not line.startswith(tuple(f"{name}:" for name in free))]
+    require(not changed, f"--workdir={workdir} holds imported weights of another model ({'; '.join(changed)}); "
+            "set config.model as they need it")
+    theirs = description.tokenizer and Tokenizer.from_json(description.tokenizer)
+    require(not theirs or dict(theirs.pieces()) == dict(tokenizer.pieces()), f"--workdir={workdir} holds imported "
+            "weights that read tokens of another vocabulary; set data.tokenizer as they need it")
+
+
 def knobs_at(config: Config, step: int, tokens: int) -> Knobs:
     """The scheduled values of step `step`, which starts at `tokens` consumed tokens."""
     train = config.train
@@ -122,7 +135,9 @@ def train(config: Config, workdir: Path, ops: Ops, profile: Profile | None = Non
     open_workdir(workdir)
     prepared = open_data(config, workdir)
     recipe = make_recipe(Transformer(config.model, ops), config.train, config.data.segment_ids, mesh)
-    check = lambda description: check_same_run(workdir, config, prepared.manifest["files"], description)
+    check = lambda description: (
+        check_same_run(workdir, config, prepared.manifest["files"], description) if description.data
+        else check_imported(workdir, config, prepared.tokenizer, description))
     with Checkpoints(workdir, keep=config.train.keep_checkpoints) as checkpoints, contextlib.ExitStack() as stack:
         start = _start(config, recipe, checkpoints, check)
         step = int(start.state.step)
@@ -146,7 +161,9 @@ def _start(config: Config, recipe: Recipe, checkpoints: Checkpoints, check) -> C
     keeps_ema = config.train.ema is not None
     restored = checkpoints.restore(abstract_state(recipe), check, ema=keeps_ema)
     if restored is not None:
-        return restored[0]
+        start = restored[0]
+        fresh = keeps_ema and start.ema is None  # imported weights
+        return start._replace(ema=initial_average(start.state.params)) if fresh else start
     state = make_init(recipe)(np.uint32(config.train.seed))
     return Checkpoint(state, initial_average(state.params) if keeps_ema else None, Progress(tokens=0, rows=0))
 

@@ -238,7 +238,8 @@ def test_require():
 
 SIZES = {
     "model": ["vocab_size", "dim", "inter_dim", "n_layers", "norm_eps", "init_std"],
-    "model.attention": ["n_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"],
+    "model.attention": ["n_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                        "norm_eps"],
     "model.moe": ["n_routed_experts", "n_activated_experts", "n_expert_groups", "n_limited_groups", "moe_inter_dim"],
     "data": ["bpe_vocab_size", "eval_bytes", "eval_stride"],
     "train": ["steps", "seq_len", "micro_batch_size", "batch_increment", "log_every", "eval_every", "checkpoint_every",

@@ -35,6 +35,16 @@ def test_train_continue_and_generate(tmp_path):
     assert text.stdout.startswith("def alpha") and len(text.stdout) > len("def alpha\n")
     long = run("generate", f"--workdir={tmp_path / 'run'}", f"--prompt={'x' * 40}")
     assert long.returncode == MISTAKE and one_line(long.stderr) and "cache" in long.stderr
+    chat = ["generate", f"--workdir={tmp_path / 'run'}", "--prompt=alpha", "--system=Be brief.", "--max_new_tokens=12"]
+    for arguments, reason in [([*chat, "--chat"], "no chat template"), (chat, "add --chat")]:
+        refused = run(*arguments)
+        assert refused.returncode == MISTAKE and one_line(refused.stderr) and reason in refused.stderr
+    (tmp_path / "run" / "hf").mkdir()
+    template = "{% for m in messages %}{{ '<｜fim▁hole｜>' + m.role + m.content }}{% endfor %}"
+    (tmp_path / "run" / "hf" / "chat_template.jinja").write_text(template, "utf-8")
+    answer = run(*chat, "--chat", "--temperature=0")
+    assert answer.returncode == 0, answer.stderr
+    assert len(answer.stdout) > 1 and "alpha" not in answer.stdout[:5]
 
 
 def one_line(stderr):

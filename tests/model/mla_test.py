@@ -25,7 +25,7 @@ def run_decode(config, variables, tokens_BT, chunks, cache_length=16):
     return jnp.concatenate(logits, axis=1)
 
 
-@pytest.mark.parametrize("name", ["v3", "v3_yarn", "no_query_compression", "no_dense_layer"])
+@pytest.mark.parametrize("name", ["v3", "v3_yarn", "no_query_compression", "one_group", "no_dense_layer"])
 def test_absorbed_decoding_equals_the_naive_forward(name):
     """Prefill of 5, then single tokens, over the latent cache, against full keys and values."""
     config = FAMILY[name]
@@ -52,7 +52,7 @@ def test_rows_of_a_batch_may_stand_at_different_positions():
 def test_v3_caches_70272_bytes_per_token():
     attention = AttentionConfig(
         n_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-        rope_theta=10000.0, yarn=None)
+        rope_theta=10000.0, yarn=None, norm_eps=1e-6)
     config = dataclasses.replace(
         FAMILY["v3"], n_layers=61, n_dense_layers=3, dtype="bfloat16", attention=attention)
     caches = jax.eval_shape(lambda: empty_caches(config, 1, 1))

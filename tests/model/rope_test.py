@@ -15,7 +15,7 @@ from dsv3.model import rope
 
 V3 = AttentionConfig(
     n_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-    rope_theta=10000.0, yarn=None)
+    rope_theta=10000.0, yarn=None, norm_eps=1e-6)
 V3_YARN = dataclasses.replace(V3, yarn=YarnConfig(
     factor=40.0, original_seq_len=4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0))
 V2_YARN = dataclasses.replace(V3_YARN, yarn=dataclasses.replace(V3_YARN.yarn, mscale=0.707, mscale_all_dim=0.707))

@@ -1,0 +1,1 @@
+"""Rank 8: Hugging Face checkpoints of the DeepSeek family, in and out."""
