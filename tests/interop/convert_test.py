@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from hf_models import RAGGED, ROOT
+from interop.load_test import rewrite, tensors
 from small_runs import small_config, write_corpus
 
 from dsv3.config import UserError, override, to_dict
@@ -30,7 +31,6 @@ from dsv3.train.loop import train
 from experiments.benchmark_import import import_in_child, v3_like, write_fp8
 from experiments.launch import load_config
 from experiments.runs import load_run
-from interop.load_test import rewrite, tensors
 
 BESIDE = {
     "tokenizer.json": byte_tokenizer().to_json(), "tokenizer_config.json": '{"add_bos_token": true}',

@@ -25,10 +25,9 @@ NAMES = ("v3", "v3_yarn", "yarn_unequal_mscale", "no_query_compression", "one_gr
 def theirs(folder, tokens_T, depths):
     """Logits [T, V] of the main model, and [T - k, V] of every MTP depth k, by transformers."""
     import torch
+    from goldens.make_hf_goldens import load
     from transformers.cache_utils import MtpCache
     from transformers.modeling_layers import MtpModel
-
-    from goldens.make_hf_goldens import load
     with torch.no_grad():
         model = load(folder)
         ids = torch.tensor(tokens_T, dtype=torch.long)[None]
