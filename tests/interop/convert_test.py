@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from hf_models import RAGGED, ROOT
+from processes import job
 from small_runs import small_config, write_corpus
 
 from dsv3.config import UserError, override, to_dict
@@ -390,6 +391,20 @@ def test_training_goes_on_from_imported_weights(trained, template, tmp_path):
                      reference_ops(row_block=8)).state.step) == 2
     export_run(tmp_path / "run", tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["max_position_embeddings"] == 32
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_two_processes_read_half_each_and_restore_an_imported_run(fp8, imported, tmp_path):
+    """Half, and what has no even axis twice."""
+    shutil.copytree(fp8, tmp_path / "hf")
+    shutil.copytree(imported, tmp_path / "run")
+    with job(tmp_path, ["tests/importers.py", str(tmp_path)], size=2) as (ranks, outputs):
+        statuses = [rank.wait(90) for rank in ranks]
+    for output in outputs:
+        text = output.read_text()
+        assert statuses == [0, 0] and "restored" in text, text
+        assert 0.5 <= float(text.split("read ")[1].split(" of")[0]) < 0.55
 
 
 @pytest.mark.slow
