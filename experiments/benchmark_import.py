@@ -107,6 +107,7 @@ def main(overrides: Sequence[str]) -> None:
     loading, loaded = measured(load_command(directory / "hf"))
     stored = sum(path.stat().st_size for path in (directory / "run" / "checkpoints").rglob("*.bin"))
     shutil.rmtree(directory)
-    print(f"checkpoint {size / GIGA:.2f} GB, destination {stored / GIGA:.2f} GB, bound {1.15 * stored / GIGA + 1:.2f} GB")
+    bound = 1.15 * stored + GIGA
+    print(f"checkpoint {size / GIGA:.2f} GB, destination {stored / GIGA:.2f} GB, bound {bound / GIGA:.2f} GB")
     for name, took, memory in ("import", seconds, peak), ("load", loading, loaded):
         print(f"{name}: peak memory {memory / GIGA:.2f} GB, {took:.0f} s, {size / GIGA / took:.2f} GB/s")
