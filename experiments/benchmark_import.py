@@ -71,18 +71,28 @@ def write_fp8(directory: Path, config: ModelConfig, seed: int, file_bytes: int =
     return sum(n_bytes(*info) for info in shapes.values())
 
 
-def import_in_child(hf: Path, workdir: Path, *arguments: str) -> tuple[float, int]:
-    """Seconds and peak memory in bytes (resident, mapped files included) of an import in a process of its own."""
+def measured(command: Sequence[str]) -> tuple[float, int]:
+    """Seconds and peak memory in bytes (resident, mapped files included) of a Python command in its own process."""
     start, peak = time.perf_counter(), 0
-    child = subprocess.Popen([sys.executable, "-m", "experiments.convert", "import", f"--hf={hf}",
-                              f"--workdir={workdir}", *arguments])
+    child = subprocess.Popen([sys.executable, *command])
     while child.poll() is None:
         # Not getrusage, which counts what the parent had in memory when it started the child.
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{child.pid}/status").read_text())
         peak = max(peak, int(found[1]) * 1024 if found else 0)
         time.sleep(0.02)
-    require(child.returncode == 0, f"the import failed with status {child.returncode}")
+    require(child.returncode == 0, f"the child failed with status {child.returncode}")
     return time.perf_counter() - start, peak
+
+
+def import_command(hf: Path, workdir: Path) -> list[str]:
+    """What a user types, after `python`."""
+    return ["-m", "experiments.convert", "import", f"--hf={hf}", f"--workdir={workdir}"]
+
+
+def load_command(hf: Path) -> list[str]:
+    """Loading into the memory of the first device, FP8 kept."""
+    return ["-c", f"import jax; from pathlib import Path; from dsv3.interop.load import load; "
+            f"jax.block_until_ready(load(Path({str(hf)!r}), dtype=None)[1])"]
 
 
 def main(overrides: Sequence[str]) -> None:
@@ -93,8 +103,11 @@ def main(overrides: Sequence[str]) -> None:
     require(not directory.exists() or not any(directory.iterdir()), f"--scratch={scratch} is not empty")
     config = v3_like(max(2, round(flags.FLAGS.gigabytes / 0.16) - 1))
     size = write_fp8(directory / "hf", config, seed=0)
-    seconds, peak = import_in_child(directory / "hf", directory / "run")
+    seconds, peak = measured(import_command(directory / "hf", directory / "run"))
+    loading, loaded = measured(load_command(directory / "hf"))
     stored = sum(path.stat().st_size for path in (directory / "run" / "checkpoints").rglob("*.bin"))
     shutil.rmtree(directory)
-    print(f"checkpoint {size / GIGA:.2f} GB, destination {stored / GIGA:.2f} GB, peak memory {peak / GIGA:.2f} GB "
-          f"(bound {1.15 * stored / GIGA + 1:.2f}), {seconds:.0f} s, {size / GIGA / seconds:.2f} GB/s")
+    bound = 1.15 * stored + GIGA
+    print(f"checkpoint {size / GIGA:.2f} GB, destination {stored / GIGA:.2f} GB, bound {bound / GIGA:.2f} GB")
+    for name, took, memory in ("import", seconds, peak), ("load", loading, loaded):
+        print(f"{name}: peak memory {memory / GIGA:.2f} GB, {took:.0f} s, {size / GIGA / took:.2f} GB/s")

@@ -100,6 +100,19 @@ MUTATIONS = [
              "row_of_pair = jnp.zeros(n_pairs", "row_of_sorted = jnp.minimum(row_of_sorted, n_rows // 2); "
              "row_of_pair = jnp.zeros(n_pairs",
              "tests/model/feed_forward_test.py::test_nothing_is_dropped_when_all_tokens_choose_the_same_experts"),
+    Mutation("gate and up halves of released weights swapped", "interop/layout.py",
+             'gate_up), lead=lead)\n        yield entry(f"{name}.up_proj.weight", (width, d), (*path, gate_up), '
+             "lead=lead, offset=width)",
+             'gate_up), lead=lead, offset=width)\n        yield entry(f"{name}.up_proj.weight", (width, d), '
+             "(*path, gate_up), lead=lead)",
+             "tests/interop/load_test.py::test_the_transposition_of_every_matrix_is_that_of_the_model"),
+    Mutation("a shard's scales taken from the first blocks", "interop/load.py",
+             "dequantize_blocks(values, scales, (index[0].start, index[1].start))",
+             "dequantize_blocks(values, scales)",
+             "tests/interop/load_test.py -k sharded_loading"),
+    Mutation("YaRN without mscale scales the softmax", "interop/hf_config.py",
+             "(1.0, 0.0) if pair == (None, None)", "(1.0, 1.0) if pair == (None, None)",
+             "tests/interop/hf_config_test.py -k yarn_without_mscale"),
 ]
 
 

@@ -19,7 +19,6 @@ from small_runs import small_config
 from dsv3.config import MeshConfig
 from dsv3.parallel.distributed import barrier, fail_fast, initialise, is_main
 from dsv3.parallel.mesh import DATA, make_mesh
-from dsv3.train import checkpoint
 from dsv3.train.checkpoint import Checkpoint, Checkpoints, Damaged, Description, Progress
 from dsv3.train.step import BadSteps, TrainState
 
@@ -67,7 +66,7 @@ def damage(directory, mesh):
     barrier("copied", 30)
     for place in ("whole", "moment"):
         print(place, restored(directory / place, mesh), flush=True)
-    read, verify = Checkpoints._record, checkpoint._verify
+    read, verify = Checkpoints._record, Checkpoints._verify
 
     def found_by(rank, record):
         if jax.process_index() == rank and record["progress"]["rows"] == 2:
@@ -78,9 +77,9 @@ def damage(directory, mesh):
         Checkpoints._record = lambda self, step: found_by(rank, read(self, step))
         print("record", rank, restored(directory / f"record_{rank}", mesh), flush=True)
         Checkpoints._record = read
-        checkpoint._verify = lambda found, record: (verify(found, record), found_by(rank, record))
+        Checkpoints._verify = lambda self, *rest: (verify(self, *rest), found_by(rank, rest[-1]))
         print("content", rank, restored(directory / f"content_{rank}", mesh), flush=True)
-        checkpoint._verify = verify
+        Checkpoints._verify = verify
 
 
 def full(directory, mesh, rank, size, then_raises=None):

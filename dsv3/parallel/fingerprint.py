@@ -1,6 +1,7 @@
 """64-bit fingerprints of arrays where they are, on device or host: whether two copies of a state are the same."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import ModuleType
@@ -61,19 +62,36 @@ def _on_device(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def _on_host(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """`fingerprint_array` of every array, in pieces on all cores: a sum over elements can be taken in any order."""
     assert all(array.dtype.itemsize <= 4 for array in arrays.values()), "a NumPy array has more than 32 bits an element"
-    words = {name: array.reshape(-1).view(f"uint{8 * array.dtype.itemsize}") for name, array in arrays.items()}
+    words = {name: _flat(array) for name, array in arrays.items()}
     places = [(name, start) for name, array in words.items() for start in range(0, array.size, PIECE)]
-
-    def piece(place: tuple[str, int]) -> np.ndarray:
-        name, start = place
-        part = words[name][start:start + PIECE].astype(np.uint32, copy=False)
-        return _halves(np, part, np.arange(start, start + part.size).astype(np.uint32))
-
     sums = {name: np.zeros(2, np.uint32) for name in arrays}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (name, _), halves in zip(places, pool.map(piece, places), strict=True):
+        found = pool.map(lambda place: _piece(words[place[0]], place[1]), places)
+        for (name, _), halves in zip(places, found, strict=True):
             sums[name] += halves
     return sums
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    """The bits of every element."""
+    return array.reshape(-1).view(f"uint{8 * array.dtype.itemsize}")
+
+
+def _piece(words: np.ndarray, start: int) -> np.ndarray:
+    """The share of the elements from `start` on in the fingerprint of their array."""
+    part = words[start:start + PIECE].astype(np.uint32, copy=False)
+    return _halves(np, part, np.arange(start, start + part.size).astype(np.uint32))
+
+
+def fingerprint_of_file(array: np.ndarray, release: Callable[[], None]) -> str:
+    """The fingerprint of an array that is mapped from a file; `release` gives its pages back, every 128 MB or so."""
+    words, sums, span = _flat(array), np.zeros(2, np.uint32), 256 * PIECE
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for first in range(0, words.size, span):
+            starts = range(first, min(first + span, words.size), PIECE)
+            sums += np.sum(list(pool.map(lambda start: _piece(words, start), starts)), axis=0, dtype=np.uint32)
+            release()
+    return _text(sums)
 
 
 def leaf_names(tree: chex.ArrayTree) -> list[str]:
@@ -86,7 +104,11 @@ def fingerprints(tree: chex.ArrayTree) -> dict[str, str]:
     host = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, (np.ndarray, np.generic))}
     device = _on_device({name: leaf for name, leaf in leaves.items() if name not in host})  # while the host computes
     halves = _on_host(host) | jax.device_get(device)
-    return {name: "".join(f"{int(half):08x}" for half in halves[name]) for name in leaves}
+    return {name: _text(halves[name]) for name in leaves}
+
+
+def _text(halves: chex.Array) -> str:
+    return "".join(f"{int(half):08x}" for half in halves)
 
 
 def replica_fingerprints(mesh: Mesh, tree: chex.ArrayTree) -> np.ndarray:

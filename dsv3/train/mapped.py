@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3.parallel.fingerprint import fingerprints, leaf_names
+from dsv3.parallel.fingerprint import fingerprint_of_file, leaf_names
 from dsv3.quant.blocks import Blocks, dequantize_blocks
 
 RECORD_FILE = "record.json"
@@ -51,9 +51,7 @@ def release(array: np.memmap) -> None:
 
 def fingerprint(array: np.memmap) -> str:
     """See `fingerprints`. Leaves no page in memory."""
-    found = fingerprints({"": np.asarray(array)})[""]
-    release(array)
-    return found
+    return fingerprint_of_file(np.asarray(array), lambda: release(array))
 
 
 def damaged(directory: Path, shapes: Shapes, expected: Mapping[str, str]) -> list[str]:

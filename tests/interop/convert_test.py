@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hf_models import RAGGED, ROOT
 from interop.load_test import rewrite, tensors
+from processes import job
 from small_runs import small_config, write_corpus
 
 from dsv3.config import UserError, override, to_dict
@@ -28,7 +29,7 @@ from dsv3.interop.load import load
 from dsv3.interop.safetensors import Reader
 from dsv3.model.ops import reference_ops
 from dsv3.train.loop import train
-from experiments.benchmark_import import import_in_child, v3_like, write_fp8
+from experiments.benchmark_import import import_command, load_command, measured, v3_like, write_fp8
 from experiments.launch import load_config
 from experiments.runs import load_run
 
@@ -393,13 +394,29 @@ def test_training_goes_on_from_imported_weights(trained, template, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_peak_memory_of_an_import(tmp_path):
-    """0.9 GB through a process that needs 0.3 GB to start: far below the destination's size, let alone the bound."""
+@pytest.mark.timeout(120)
+def test_two_processes_read_half_each_and_restore_an_imported_run(fp8, imported, tmp_path):
+    """Half, and what has no even axis twice."""
+    shutil.copytree(fp8, tmp_path / "hf")
+    shutil.copytree(imported, tmp_path / "run")
+    with job(tmp_path, ["tests/importers.py", str(tmp_path)], size=2) as (ranks, outputs):
+        statuses = [rank.wait(90) for rank in ranks]
+    for output in outputs:
+        text = output.read_text()
+        assert statuses == [0, 0] and "restored" in text, text
+        assert 0.5 <= float(text.split("read ")[1].split(" of")[0]) < 0.55
+
+
+@pytest.mark.slow
+def test_the_peak_memory(tmp_path):
+    """0.9 GB. An import stays below its destination, on the disk; a load above its, in memory, by little."""
     size = write_fp8(tmp_path / "hf", v3_like(5), seed=0)
-    _, peak = import_in_child(tmp_path / "hf", tmp_path / "run")
+    _, importing = measured(import_command(tmp_path / "hf", tmp_path / "run"))
     stored = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.bin"))
     assert 0.8e9 < stored < size
-    assert peak < 0.9 * stored
+    assert importing < 0.9 * stored
+    _, loading = measured(load_command(tmp_path / "hf"))
+    assert stored < loading < 1.15 * stored + 1e9
 
 
 @pytest.mark.slow
