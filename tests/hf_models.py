@@ -4,9 +4,12 @@ import importlib.util
 import json
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 from tiny_models import model_config
 
 from dsv3.config import ModelConfig
+from dsv3.interop.safetensors import Reader, write
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["deepseek_v3_671b", "deepseek_v2_lite_16b", "moonlight_16b_a3b", "kimi_k2_1t"]
@@ -29,3 +32,22 @@ def ours(name: str) -> ModelConfig:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config().model
+
+
+def tensors(directory):
+    """Name -> (dtype, shape, bytes)."""
+    reader = Reader(directory)
+    return {name: (*info[:2], reader.read(name).tobytes()) for name, info in reader.tensors.items()}
+
+
+def rewrite(source, directory, change):
+    """A copy of a checkpoint whose dictionary of arrays `change` has altered."""
+    reader = Reader(source)
+    arrays = {name: np.array(reader.read(name)) for name in reader.tensors}
+    change(arrays)
+    names = {np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3", np.dtype(ml_dtypes.bfloat16): "BF16",
+             np.dtype(np.float32): "F32", np.dtype(np.int32): "I32"}
+    directory.mkdir()
+    write(directory, {name: (names[a.dtype], a.shape) for name, a in arrays.items()}, arrays.__getitem__)
+    (directory / "config.json").write_bytes((source / "config.json").read_bytes())
+    return directory

@@ -14,8 +14,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from hf_models import RAGGED, ROOT
-from interop.load_test import rewrite, tensors
+from hf_models import RAGGED, ROOT, rewrite, tensors
 from processes import job
 from small_runs import small_config, write_corpus
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_models import RAGGED
+from hf_models import RAGGED, rewrite, tensors
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_models import FAMILY, distance, mesh_of, model_config, random_batch, random_variables, transformer
@@ -18,7 +18,7 @@ from dsv3.config import UserError
 from dsv3.interop import load as load_module
 from dsv3.interop.export import export, flatten
 from dsv3.interop.load import common, load
-from dsv3.interop.safetensors import Reader, write
+from dsv3.interop.safetensors import Reader
 from dsv3.parallel.mesh import zero_spec
 from dsv3.quant.blocks import Blocks
 from experiments.benchmark_import import write_fp8
@@ -31,25 +31,6 @@ def fp8(tmp_path_factory):
     """A released checkpoint in miniature: E4M3 with ragged blocks, MTP, several files."""
     directory = tmp_path_factory.mktemp("fp8") / "hf"
     write_fp8(directory, RAGGED, seed=3, file_bytes=400_000)
-    return directory
-
-
-def tensors(directory):
-    """Name -> (dtype, shape, bytes)."""
-    reader = Reader(directory)
-    return {name: (*info[:2], reader.read(name).tobytes()) for name, info in reader.tensors.items()}
-
-
-def rewrite(source, directory, change):
-    """A copy of a checkpoint whose dictionary of arrays `change` has altered."""
-    reader = Reader(source)
-    arrays = {name: np.array(reader.read(name)) for name in reader.tensors}
-    change(arrays)
-    names = {np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3", np.dtype(ml_dtypes.bfloat16): "BF16",
-             np.dtype(np.float32): "F32", np.dtype(np.int32): "I32"}
-    directory.mkdir()
-    write(directory, {name: (names[a.dtype], a.shape) for name, a in arrays.items()}, arrays.__getitem__)
-    (directory / "config.json").write_bytes((source / "config.json").read_bytes())
     return directory
 
 
