@@ -34,7 +34,7 @@ def v3_like(n_layers: int) -> ModelConfig:
         dtype="bfloat16", remat="report", scan_unroll=1,
         attention=AttentionConfig(
             n_heads=8, q_lora_rank=768, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-            rope_theta=10000.0, yarn=YarnConfig(
+            norm_eps=1e-6, rope_theta=10000.0, yarn=YarnConfig(
                 factor=40.0, original_seq_len=4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)),
         moe=MoEConfig(
             n_routed_experts=64, n_shared_experts=1, n_activated_experts=8, n_expert_groups=8, n_limited_groups=4,
