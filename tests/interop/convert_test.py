@@ -407,8 +407,9 @@ def test_two_processes_read_half_each_and_restore_an_imported_run(fp8, imported,
 
 
 @pytest.mark.slow
-def test_the_peak_memory(tmp_path):
+def test_the_peak_memory(tmp_path, monkeypatch):
     """0.9 GB. An import stays below its destination, on the disk; a load above its, in memory, by little."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # as a user has it: unoptimized, the copies take minutes
     size = write_fp8(tmp_path / "hf", v3_like(5), seed=0)
     _, importing = measured(import_command(tmp_path / "hf", tmp_path / "run"))
     stored = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.bin"))
