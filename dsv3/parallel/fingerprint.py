@@ -59,22 +59,17 @@ def _on_device(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: fingerprint_array(array) for name, array in arrays.items()}
 
 
-def _on_host(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`fingerprint_array` of every array, in pieces on all cores: a sum over elements can be taken in any order."""
-    assert all(array.dtype.itemsize <= 4 for array in arrays.values()), "a NumPy array has more than 32 bits an element"
-    words = {name: _flat(array) for name, array in arrays.items()}
-    places = [(name, start) for name, array in words.items() for start in range(0, array.size, PIECE)]
-    sums = {name: np.zeros(2, np.uint32) for name in arrays}
+def _on_host(array: np.ndarray, release: Callable[[], None] = lambda: None) -> np.ndarray:
+    """`fingerprint_array` of a NumPy array, in pieces on all cores: a sum over elements can be taken in any order."""
+    assert array.dtype.itemsize <= 4, f"{array.dtype} has more than 32 bits"
+    words = array.reshape(-1).view(f"uint{8 * array.dtype.itemsize}")
+    sums, span = np.zeros(2, np.uint32), 256 * PIECE
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda place: _piece(words[place[0]], place[1]), places)
-        for (name, _), halves in zip(places, found, strict=True):
-            sums[name] += halves
+        for first in range(0, words.size, span):
+            starts = range(first, min(first + span, words.size), PIECE)
+            sums += np.sum(list(pool.map(lambda start: _piece(words, start), starts)), axis=0, dtype=np.uint32)
+            release()
     return sums
-
-
-def _flat(array: np.ndarray) -> np.ndarray:
-    """The bits of every element."""
-    return array.reshape(-1).view(f"uint{8 * array.dtype.itemsize}")
 
 
 def _piece(words: np.ndarray, start: int) -> np.ndarray:
@@ -85,13 +80,7 @@ def _piece(words: np.ndarray, start: int) -> np.ndarray:
 
 def fingerprint_of_file(array: np.ndarray, release: Callable[[], None]) -> str:
     """The fingerprint of an array that is mapped from a file; `release` gives its pages back, every 128 MB or so."""
-    words, sums, span = _flat(array), np.zeros(2, np.uint32), 256 * PIECE
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, words.size, span):
-            starts = range(first, min(first + span, words.size), PIECE)
-            sums += np.sum(list(pool.map(lambda start: _piece(words, start), starts)), axis=0, dtype=np.uint32)
-            release()
-    return _text(sums)
+    return _text(_on_host(array, release))
 
 
 def leaf_names(tree: chex.ArrayTree) -> list[str]:
@@ -103,7 +92,7 @@ def fingerprints(tree: chex.ArrayTree) -> dict[str, str]:
     leaves = dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
     host = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, (np.ndarray, np.generic))}
     device = _on_device({name: leaf for name, leaf in leaves.items() if name not in host})  # while the host computes
-    halves = _on_host(host) | jax.device_get(device)
+    halves = {name: _on_host(leaf) for name, leaf in host.items()} | jax.device_get(device)
     return {name: _text(halves[name]) for name in leaves}
 
 
