@@ -1,4 +1,8 @@
-"""E4M3 with one float32 scale per block of 128 x 128: how the released weights are stored (report section 3.3.2)."""
+"""E4M3 with one float32 scale per block of 128 x 128: how the released weights are stored (report section 3.3.2).
+
+NumPy, for files of any size, tensor by tensor, and bit by bit what the released kernels do: scales of at least 1e-4 /
+448, and a division. `tiles.py` quantises arrays of a program, where neither is wanted.
+"""
 
 from typing import Any, NamedTuple
 
