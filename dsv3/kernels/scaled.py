@@ -1,0 +1,22 @@
+"""Matrices in 8 bits with their scales, as products on tensor cores want them."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Tiles(NamedTuple):
+    """A matrix with one scale for every 128 elements of a row: what a product reads along its inner dimension.
+
+    `values` [R, C]; `scales` float32 [C / 128, R]. R and C are multiples of 128; padding has values 0 and scale 1.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+
+
+class Blocks(NamedTuple):
+    """Weights: `values` [..., N, K] with the inner dimension last, `scales` float32 [..., N / 128, K / 128]."""
+
+    values: jax.Array
+    scales: jax.Array
