@@ -39,6 +39,7 @@ class Tuning(NamedTuple):
     stages: int
     pair: str | None
     band: int
+    doubled: bool = False
 
 
 class Tile(NamedTuple):
@@ -70,8 +71,9 @@ def _across(scale: jax.Array, height: int) -> jax.Array:
 
 def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning: Tuning, out_dtype, types: tuple):
     """`column_scales`: b has a scale for every column, which comes with its tile; otherwise one for 128 x 128."""
-    width, stages, pair, _ = tuning
+    width, stages, pair = tuning[:3]
     half_rows = ROWS // 2
+    doubled = tuning.doubled
     piece = math.gcd(width, 128 // jnp.dtype(out_dtype).itemsize)
     segment = width if column_scales else math.gcd(width, DEPTH)  # columns of one scale
     barrier = partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if pair else plgpu.Barrier
@@ -130,28 +132,59 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
             def _(loop, carry):
                 tile = tile_of(loop.index[0], *refs)
 
-                def step(index, state):
-                    count, *totals = state
+                def start(index, count, acc):
+                    """Start the products of a step; its scales."""
                     slot = lax.rem(count, jnp.int32(stages))
                     factors = None if column_scales else tile.b_scales(index)
                     plgpu.barrier_wait(full.at[slot])
+                    a_scale = a_scales_smem[slot, half]
+                    if not column_scales:
+                        scales = [a_scale * factor for factor in factors]
+                    plgpu.wgmma(acc, a_smem.at[slot, half], b_smem.at[slot].transpose((1, 0)))
+                    if column_scales:
+                        scales = a_scale, b_scales_smem[slot]
+                    return slot, scales
 
-                    def multiply(acc):
-                        plgpu.wgmma(acc, a_smem.at[slot, half], b_smem.at[slot].transpose((1, 0)))
-                        a_scale = a_scales_smem[slot, half]
-                        b_scale = b_scales_smem[slot] if column_scales else None
-                        return acc[...], a_scale, b_scale
-
-                    part, a_scale, b_scale = pl.run_scoped(multiply, plgpu.ACC((half_rows, width)))
+                def promote(slot, scales, part, totals):
+                    """Hand the slot back, and add the scaled partial sums to the totals."""
                     plgpu.barrier_arrive(empty.at[slot])
                     if column_scales:
-                        return count + 1, totals[0] + part * (_down(a_scale, width) * _across(b_scale, half_rows))
-                    return count + 1, *(
-                        total + part[:, i * segment:(i + 1) * segment] * _down(a_scale * factor, segment)
-                        for i, (total, factor) in enumerate(zip(totals, factors, strict=True)))
+                        return [totals[0] + part * (_down(scales[0], width) * _across(scales[1], half_rows))]
+                    return [total + part[:, i * segment:(i + 1) * segment] * _down(scale, segment)
+                            for i, (total, scale) in enumerate(zip(totals, scales, strict=True))]
+
+                def single(index, state):
+                    count, *totals = state
+
+                    def multiply(acc):
+                        slot, scales = start(index, count, acc)
+                        return slot, scales, acc[...]
+
+                    slot, scales, part = pl.run_scoped(multiply, plgpu.ACC((half_rows, width)))
+                    return count + 1, *promote(slot, scales, part, totals)
+
+                def double(index, state):
+                    count, *totals = state
+
+                    def multiply(first, second):
+                        early = start(2 * index, count, first)
+                        late = start(2 * index + 1, count + 1, second)
+                        sums = promote(*early, plgpu.wgmma_accumulator_load(first, wait_n=1), totals)
+                        return late, second[...], sums
+
+                    late, part, sums = pl.run_scoped(
+                        multiply, plgpu.ACC((half_rows, width)), plgpu.ACC((half_rows, width)))
+                    return count + 2, *promote(*late, part, sums)
 
                 zero = plgpu.layout_cast(jnp.zeros((half_rows, segment), jnp.float32), plgpu.Layout.WGMMA)
-                count, *totals = lax.fori_loop(0, tile.steps, step, (carry, *[zero] * (width // segment)))
+                state = carry, *[zero] * (width // segment)
+                if doubled:
+                    state = lax.fori_loop(0, lax.div(jnp.int32(tile.steps), jnp.int32(2)), double, state)
+                    if not isinstance(tile.steps, int) or tile.steps % 2:
+                        state = lax.fori_loop(tile.steps - lax.rem(jnp.int32(tile.steps), jnp.int32(2)), tile.steps, single, state)
+                else:
+                    state = lax.fori_loop(0, tile.steps, single, state)
+                count, *totals = state
                 for i in range(width // piece):
                     staged = out_smem.at[group, i % 2]
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
