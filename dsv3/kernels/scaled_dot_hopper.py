@@ -40,6 +40,7 @@ class Tuning(NamedTuple):
     pair: str | None
     band: int
     doubled: bool = False
+    ordered: bool = False
 
 
 class Tile(NamedTuple):
@@ -74,7 +75,7 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
     width, stages, pair = tuning[:3]
     half_rows = ROWS // 2
     doubled = tuning.doubled
-    piece = math.gcd(width, 128 // jnp.dtype(out_dtype).itemsize)
+    piece = math.gcd(width, 64 // jnp.dtype(out_dtype).itemsize)
     segment = width if column_scales else math.gcd(width, DEPTH)  # columns of one scale
     barrier = partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if pair else plgpu.Barrier
     scratch = dict(
@@ -84,10 +85,11 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
         b_scales_smem=plgpu.SMEM((stages, width), jnp.float32) if column_scales else None,
         out_smem=plgpu.SMEM((2, 2, half_rows, piece), out_dtype, transforms=_transforms(piece, out_dtype)),
         full=plgpu.Barrier(num_arrivals=3 + column_scales, num_barriers=stages),
-        empty=barrier(num_arrivals=2, num_barriers=stages))
+        empty=barrier(num_arrivals=2, num_barriers=stages),
+        turn=plgpu.Barrier(num_arrivals=1, num_barriers=2))
 
     @partial(pl.run_scoped, **scratch, collective_axes="group")
-    def _(a_smem, b_smem, a_scales_smem, b_scales_smem, out_smem, full, empty):
+    def _(a_smem, b_smem, a_scales_smem, b_scales_smem, out_smem, full, empty, turn):
         group = lax.axis_index("group")
         together = lambda operand: dict(collective_axes=("pair",)) if pair == operand else {}
         each_tile = plgpu.nd_loop((n_tiles,), collective_axes="multiprocessor", init_carry=jnp.int32(0))
@@ -111,9 +113,9 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
                         source, target.at[slot], full.at[slot], **together(operand))
                     copy(tile.a(step), a_smem, "a")
                     copy(tile.b(step), b_smem, "b")
-                    copy(tile.a_scales(step), a_scales_smem, "a")
+                    copy(tile.a_scales(step), a_scales_smem, "own")
                     if column_scales:
-                        copy(tile.b_scales(step), b_scales_smem, "b")
+                        copy(tile.b_scales(step), b_scales_smem, "own")
                     return count + 1
 
                 return lax.fori_loop(0, tile.steps, load, carry)
@@ -127,6 +129,19 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
         def _consume():
             plgpu.set_max_registers(232, action="increase")
             half = pl.ds(group * half_rows, half_rows)
+
+            def my_turn():
+                if tuning.ordered:
+                    plgpu.barrier_wait(turn.at[group])
+
+            def your_turn():
+                if tuning.ordered:
+                    plgpu.barrier_arrive(turn.at[1 - group])
+
+            if tuning.ordered:
+                @pl.when(group == 1)
+                def _():
+                    plgpu.barrier_arrive(turn.at[0])
 
             @each_tile
             def _(loop, carry):
@@ -157,7 +172,9 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
                     count, *totals = state
 
                     def multiply(acc):
+                        my_turn()
                         slot, scales = start(index, count, acc)
+                        your_turn()
                         return slot, scales, acc[...]
 
                     slot, scales, part = pl.run_scoped(multiply, plgpu.ACC((half_rows, width)))
@@ -167,8 +184,10 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
                     count, *totals = state
 
                     def multiply(first, second):
+                        my_turn()
                         early = start(2 * index, count, first)
                         late = start(2 * index + 1, count + 1, second)
+                        your_turn()
                         sums = promote(*early, plgpu.wgmma_accumulator_load(first, wait_n=1), totals)
                         return late, second[...], sums
 
@@ -195,6 +214,11 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(staged, tile.out(half, i * piece, piece))
                 return count
+
+            if tuning.ordered:
+                @pl.when(group == 0)
+                def _():
+                    plgpu.barrier_wait(turn.at[0])
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
