@@ -24,6 +24,8 @@ ROWS = 128
 """Of an output tile: two warpgroups of 64, the height of a Hopper matrix instruction."""
 DEPTH = 128
 """Of one step: elements that share a scale, and 128 bytes, the widest swizzle."""
+AHEAD = 2
+"""Steps whose operands have arrived before a warpgroup starts a product."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernel is right, only less evenly spread."""
 
@@ -41,6 +43,7 @@ class Tuning(NamedTuple):
     band: int
     doubled: bool = False
     ordered: bool = False
+    piece: int = 128
 
 
 class Tile(NamedTuple):
@@ -75,7 +78,7 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
     width, stages, pair = tuning[:3]
     half_rows = ROWS // 2
     doubled = tuning.doubled
-    piece = math.gcd(width, 64 // jnp.dtype(out_dtype).itemsize)
+    piece = math.gcd(width, tuning.piece // jnp.dtype(out_dtype).itemsize)
     segment = width if column_scales else math.gcd(width, DEPTH)  # columns of one scale
     barrier = partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if pair else plgpu.Barrier
     scratch = dict(
@@ -92,13 +95,13 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
     def _(a_smem, b_smem, a_scales_smem, b_scales_smem, out_smem, full, empty, turn):
         group = lax.axis_index("group")
         together = lambda operand: dict(collective_axes=("pair",)) if pair == operand else {}
-        each_tile = plgpu.nd_loop((n_tiles,), collective_axes="multiprocessor", init_carry=jnp.int32(0))
+        each_tile = partial(plgpu.nd_loop, (n_tiles,), collective_axes="multiprocessor")
 
         @pl.when(group == 2)
         def _produce():
             plgpu.set_max_registers(40, action="decrease")
 
-            @each_tile
+            @each_tile(init_carry=jnp.int32(0))
             def count(loop, carry):
                 tile = tile_of(loop.index[0], *refs)
 
@@ -120,7 +123,17 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
 
                 return lax.fori_loop(0, tile.steps, load, carry)
 
-            for last in range(stages):  # no barrier is left with an arrival that nobody saw
+            for ahead in range(AHEAD):  # consumers wait for so many steps more than there are
+                slot = lax.rem(count + ahead, jnp.int32(stages))
+
+                @pl.when(count + ahead >= stages)
+                def _(slot=slot):
+                    plgpu.barrier_wait(empty.at[slot])
+
+                for _ in range(3 + column_scales):
+                    plgpu.barrier_arrive(full.at[slot])
+
+            for last in range(stages - AHEAD):  # no barrier is left with an arrival that nobody saw
                 @pl.when(count > last)
                 def _(last=last):
                     plgpu.barrier_wait(empty.at[lax.rem(count - 1 - last, jnp.int32(stages))])
@@ -143,67 +156,85 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
                 def _():
                     plgpu.barrier_arrive(turn.at[0])
 
-            @each_tile
+            def after(slot, steps=1):
+                slot = slot + steps
+                return slot - jnp.where(slot >= stages, stages, 0)
+
+            def ready(*slots):
+                for slot in slots:
+                    plgpu.barrier_wait(full.at[slot])
+
+            def rows_scale(slot):
+                """The scales of this warpgroup's rows; read as soon as they are there."""
+                ready(slot)
+                if column_scales:
+                    return jnp.int32(0)
+                return plgpu.load(a_scales_smem, (slot, half), layout=plgpu.Layout.WGMMA.reduce(1))
+
+            arrived = tuple(rows_scale(jnp.int32(slot)) for slot in range(AHEAD))
+
+            @each_tile(init_carry=(jnp.int32(0), *arrived))
             def _(loop, carry):
                 tile = tile_of(loop.index[0], *refs)
 
-                def start(index, count, acc):
-                    """Start the products of a step; its scales."""
-                    slot = lax.rem(count, jnp.int32(stages))
-                    factors = None if column_scales else tile.b_scales(index)
-                    plgpu.barrier_wait(full.at[slot])
-                    a_scale = a_scales_smem[slot, half]
-                    if not column_scales:
-                        scales = [a_scale * factor for factor in factors]
+                def start(slot, acc):
                     plgpu.wgmma(acc, a_smem.at[slot, half], b_smem.at[slot].transpose((1, 0)))
-                    if column_scales:
-                        scales = a_scale, b_scales_smem[slot]
-                    return slot, scales
 
-                def promote(slot, scales, part, totals):
+                def factors_of(index):
+                    return () if column_scales else tuple(tile.b_scales(lax.min(index, tile.steps - 1)))
+
+                def promote(slot, row, factors, part, totals):
                     """Hand the slot back, and add the scaled partial sums to the totals."""
-                    plgpu.barrier_arrive(empty.at[slot])
                     if column_scales:
-                        return [totals[0] + part * (_down(scales[0], width) * _across(scales[1], half_rows))]
-                    return [total + part[:, i * segment:(i + 1) * segment] * _down(scale, segment)
-                            for i, (total, scale) in enumerate(zip(totals, scales, strict=True))]
+                        scale = _down(a_scales_smem[slot, half], width) * _across(b_scales_smem[slot], half_rows)
+                        plgpu.barrier_arrive(empty.at[slot])
+                        return [totals[0] + part * scale]
+                    plgpu.barrier_arrive(empty.at[slot])
+                    return [total + part[:, i * segment:(i + 1) * segment] * _down(row * factor, segment)
+                            for i, (total, factor) in enumerate(zip(totals, factors, strict=True))]
 
                 def single(index, state):
-                    count, *totals = state
+                    slot, row, next_row, factors, *totals = state
+                    next_factors = factors_of(index + 1)
+                    my_turn()
 
                     def multiply(acc):
-                        my_turn()
-                        slot, scales = start(index, count, acc)
+                        start(slot, acc)
                         your_turn()
-                        return slot, scales, acc[...]
+                        ahead = rows_scale(after(slot, AHEAD))
+                        return ahead, acc[...]
 
-                    slot, scales, part = pl.run_scoped(multiply, plgpu.ACC((half_rows, width)))
-                    return count + 1, *promote(slot, scales, part, totals)
+                    ahead, part = pl.run_scoped(multiply, plgpu.ACC((half_rows, width)))
+                    return after(slot), next_row, ahead, next_factors, *promote(slot, row, factors, part, totals)
 
                 def double(index, state):
-                    count, *totals = state
+                    """Two steps at once: while the second multiplies, the first is added up."""
+                    early, early_row, late_row, factors, *totals = state
+                    late = after(early)
+                    late_factors, next_factors = factors_of(2 * index + 1), factors_of(2 * index + 2)
+                    my_turn()
 
                     def multiply(first, second):
-                        my_turn()
-                        early = start(2 * index, count, first)
-                        late = start(2 * index + 1, count + 1, second)
+                        start(early, first)
+                        start(late, second)
                         your_turn()
-                        sums = promote(*early, plgpu.wgmma_accumulator_load(first, wait_n=1), totals)
-                        return late, second[...], sums
+                        rows = rows_scale(after(early, AHEAD)), rows_scale(after(late, AHEAD))
+                        part = plgpu.wgmma_accumulator_load(first, wait_n=1)
+                        return rows, promote(early, early_row, factors, part, totals), second[...]
 
-                    late, part, sums = pl.run_scoped(
+                    rows, sums, part = pl.run_scoped(
                         multiply, plgpu.ACC((half_rows, width)), plgpu.ACC((half_rows, width)))
-                    return count + 2, *promote(*late, part, sums)
+                    return after(late), *rows, next_factors, *promote(late, late_row, late_factors, part, sums)
 
                 zero = plgpu.layout_cast(jnp.zeros((half_rows, segment), jnp.float32), plgpu.Layout.WGMMA)
-                state = carry, *[zero] * (width // segment)
+                state = *carry, factors_of(0), *[zero] * (width // segment)
                 if doubled:
-                    state = lax.fori_loop(0, lax.div(jnp.int32(tile.steps), jnp.int32(2)), double, state)
-                    if not isinstance(tile.steps, int) or tile.steps % 2:
-                        state = lax.fori_loop(tile.steps - lax.rem(jnp.int32(tile.steps), jnp.int32(2)), tile.steps, single, state)
+                    state = lax.fori_loop(0, tile.steps // 2, double, state)
+                    if tile.steps % 2:
+                        state = single(tile.steps - 1, state)
                 else:
                     state = lax.fori_loop(0, tile.steps, single, state)
-                count, *totals = state
+                carry, (_, *totals) = state[:1 + AHEAD], state[1 + AHEAD:]
                 for i in range(width // piece):
                     staged = out_smem.at[group, i % 2]
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -213,7 +244,7 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
                         staged.at[:, within][...] = totals[first // segment][:, columns].astype(out_dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(staged, tile.out(half, i * piece, piece))
-                return count
+                return carry
 
             if tuning.ordered:
                 @pl.when(group == 0)
