@@ -79,7 +79,7 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
     half_rows = ROWS // 2
     doubled = tuning.doubled
     piece = math.gcd(width, tuning.piece // jnp.dtype(out_dtype).itemsize)
-    segment = width if column_scales else math.gcd(width, DEPTH)  # columns of one scale
+    segment = 32 if column_scales else math.gcd(width, DEPTH)  # columns of one scale
     barrier = partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if pair else plgpu.Barrier
     scratch = dict(
         a_smem=plgpu.SMEM((stages, ROWS, DEPTH), types[0], transforms=_transforms(DEPTH, types[0])),
@@ -168,7 +168,7 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
                 """The scales of this warpgroup's rows; read as soon as they are there."""
                 ready(slot)
                 if column_scales:
-                    return jnp.int32(0)
+                    return slot
                 return plgpu.load(a_scales_smem, (slot, half), layout=plgpu.Layout.WGMMA.reduce(1))
 
             arrived = tuple(rows_scale(jnp.int32(slot)) for slot in range(AHEAD))
@@ -186,9 +186,15 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
                 def promote(slot, row, factors, part, totals):
                     """Hand the slot back, and add the scaled partial sums to the totals."""
                     if column_scales:
-                        scale = _down(a_scales_smem[slot, half], width) * _across(b_scales_smem[slot], half_rows)
+                        row = plgpu.load(a_scales_smem, (slot, half), layout=plgpu.Layout.WGMMA.reduce(1))
+                        sums = []
+                        for i, total in enumerate(totals):
+                            columns = pl.ds(i * segment, segment)
+                            column = plgpu.load(b_scales_smem, (slot, columns), layout=plgpu.Layout.WGMMA.reduce(0))
+                            scale = _down(row, segment) * _across(column, half_rows)
+                            sums.append(total + part[:, i * segment:(i + 1) * segment] * scale)
                         plgpu.barrier_arrive(empty.at[slot])
-                        return [totals[0] + part * scale]
+                        return sums
                     plgpu.barrier_arrive(empty.at[slot])
                     return [total + part[:, i * segment:(i + 1) * segment] * _down(row * factor, segment)
                             for i, (total, factor) in enumerate(zip(totals, factors, strict=True))]
@@ -218,9 +224,11 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
                         start(early, first)
                         start(late, second)
                         your_turn()
-                        rows = rows_scale(after(early, AHEAD)), rows_scale(after(late, AHEAD))
+                        rows = rows_scale(after(early, AHEAD))
                         part = plgpu.wgmma_accumulator_load(first, wait_n=1)
-                        return rows, promote(early, early_row, factors, part, totals), second[...]
+                        sums = promote(early, early_row, factors, part, totals)
+                        rows = rows, rows_scale(after(late, AHEAD))
+                        return rows, sums, second[...]
 
                     rows, sums, part = pl.run_scoped(
                         multiply, plgpu.ACC((half_rows, width)), plgpu.ACC((half_rows, width)))
@@ -230,7 +238,9 @@ def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning:
                 state = *carry, factors_of(0), *[zero] * (width // segment)
                 if doubled:
                     state = lax.fori_loop(0, tile.steps // 2, double, state)
-                    if tile.steps % 2:
+                    if not isinstance(tile.steps, int):
+                        state = lax.fori_loop(tile.steps // 2 * 2, tile.steps, single, state)
+                    elif tile.steps % 2:
                         state = single(tile.steps - 1, state)
                 else:
                     state = lax.fori_loop(0, tile.steps, single, state)
