@@ -1,10 +1,10 @@
 """Block-scaled FP8 products on Hopper's tensor cores: one persistent Pallas kernel, dense or grouped, and its gradient.
 
-On every multiprocessor one warpgroup streams operand tiles and activation scales into shared memory, running ahead
-across output tiles, while two others multiply, each its half of a tile's rows. Every 128 elements of the inner
-dimension make a fresh accumulator of the tensor core; its partial sum is scaled and added up in float32 registers
-(report section 3.3.2), while the other warpgroup's products run. Two neighbouring multiprocessors may work on
-neighbouring columns of the same rows and load those rows once for both.
+On every multiprocessor one warpgroup streams operand tiles and their scales into shared memory, running ahead across
+output tiles, while two others multiply, each its half of a tile's rows. Every 128 elements of the inner dimension make
+a fresh accumulator of the tensor core, whose partial sums are scaled and added up in float32 registers (report section
+3.3.2) while other products run: the two warpgroups take turns, and tiles that are narrow enough keep two accumulators
+in flight. docs/kernels.md tells what was tried and measured.
 """
 
 import math
@@ -21,29 +21,34 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dsv3.kernels.scaled import Blocks, Tiles
 
 ROWS = 128
-"""Of an output tile: two warpgroups of 64, the height of a Hopper matrix instruction."""
+"""Of an output tile: two warpgroups of `HALF`, the height of a Hopper matrix instruction."""
+HALF = ROWS // 2
 DEPTH = 128
 """Of one step: elements that share a scale, and 128 bytes, the widest swizzle."""
 AHEAD = 2
 """Steps whose operands have arrived before a warpgroup starts a product."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernel is right, only less evenly spread."""
+CONSUMERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 2, 232, 40
 
 
 class Tuning(NamedTuple):
     """How a product is cut.
 
-    `width`: columns of a tile; `stages`: steps in flight; `pair`: which operand two neighbouring multiprocessors load
-    once for both, the rows of `a` ("a"), the columns of `b` ("b") or none; `band`: tiles that share a band of rows.
+    `width`: columns of a tile; `stages`: steps in flight; `pair`: the operand that two neighbouring multiprocessors
+    load once for both, the rows of `a` ("a"), the columns of `b` ("b") or none; `band`: rows of tiles that are worked
+    on together, column by column.
     """
 
-    width: int
-    stages: int
-    pair: str | None
-    band: int
-    doubled: bool = False
-    ordered: bool = False
-    piece: int = 128
+    width: int = 128
+    stages: int = 6
+    pair: str | None = None
+    band: int = 8
+
+    @property
+    def doubled(self) -> bool:
+        """Whether the registers hold two accumulators beside the totals."""
+        return self.width <= 128
 
 
 class Tile(NamedTuple):
@@ -54,219 +59,234 @@ class Tile(NamedTuple):
     a_scales: Callable[[jax.Array], Any]
     b: Callable[[jax.Array], Any]
     b_scales: Callable[[jax.Array], Any]
-    out: Callable[[Any, int, int], Any]
+    out: Callable[[jax.Array, int, int], Any]
 
 
-def _transforms(width: int, dtype: jnp.dtype) -> tuple:
+class Shared(NamedTuple):
+    """Shared memory of a multiprocessor: `stages` slots of operands and scales, pieces of output, barriers.
+
+    A slot is `full` once its copies have landed and `empty` once both warpgroups are done with it. `turn` says which of
+    them may start products. `b_scales` is None where b has one scale for 128 x 128.
+    """
+
+    a: Any
+    b: Any
+    a_scales: Any
+    b_scales: Any
+    out: Any
+    full: Any
+    empty: Any
+    turn: Any
+
+
+def _layout(width: int, dtype: jnp.dtype) -> tuple:
     """The layout of `width` columns in shared memory that tensor cores and the copy engine agree on."""
     swizzle = plgpu.find_swizzle(width * jnp.dtype(dtype).itemsize * 8)
     return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
-def _down(scale: jax.Array, width: int) -> jax.Array:
-    """The scales of 64 rows, in every column."""
-    return lax.broadcast_in_dim(scale, (len(scale), width), (0,))
+def _piece(width: int, dtype: jnp.dtype) -> int:
+    """Columns of the output that are staged at once: 64 bytes."""
+    return math.gcd(width, 64 // jnp.dtype(dtype).itemsize)
 
 
-def _across(scale: jax.Array, height: int) -> jax.Array:
-    """The scales of columns, in every row."""
-    return lax.broadcast_in_dim(scale, (height, len(scale)), (1,))
-
-
-def _kernel(*refs, tile_of: Callable, n_tiles: int, column_scales: bool, tuning: Tuning, out_dtype, types: tuple):
-    """`column_scales`: b has a scale for every column, which comes with its tile; otherwise one for 128 x 128."""
-    width, stages, pair = tuning[:3]
-    half_rows = ROWS // 2
-    doubled = tuning.doubled
-    piece = math.gcd(width, tuning.piece // jnp.dtype(out_dtype).itemsize)
-    segment = 32 if column_scales else math.gcd(width, DEPTH)  # columns of one scale
-    barrier = partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if pair else plgpu.Barrier
-    scratch = dict(
-        a_smem=plgpu.SMEM((stages, ROWS, DEPTH), types[0], transforms=_transforms(DEPTH, types[0])),
-        b_smem=plgpu.SMEM((stages, width, DEPTH), types[1], transforms=_transforms(DEPTH, types[1])),
-        a_scales_smem=plgpu.SMEM((stages, ROWS), jnp.float32),
-        b_scales_smem=plgpu.SMEM((stages, width), jnp.float32) if column_scales else None,
-        out_smem=plgpu.SMEM((2, 2, half_rows, piece), out_dtype, transforms=_transforms(piece, out_dtype)),
+def _scratch(tuning: Tuning, column_scales: bool, types: tuple, out_dtype: jnp.dtype) -> Shared:
+    width, stages = tuning.width, tuning.stages
+    empty = partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if tuning.pair else plgpu.Barrier
+    operand = lambda rows, dtype: plgpu.SMEM((stages, rows, DEPTH), dtype, transforms=_layout(DEPTH, dtype))
+    piece = _piece(width, out_dtype)
+    return Shared(
+        a=operand(ROWS, types[0]),
+        b=operand(width, types[1]),
+        a_scales=plgpu.SMEM((stages, ROWS), jnp.float32),
+        b_scales=plgpu.SMEM((stages, width), jnp.float32) if column_scales else None,
+        out=plgpu.SMEM((2, 2, HALF, piece), out_dtype, transforms=_layout(piece, out_dtype)),
         full=plgpu.Barrier(num_arrivals=3 + column_scales, num_barriers=stages),
-        empty=barrier(num_arrivals=2, num_barriers=stages),
+        empty=empty(num_arrivals=2, num_barriers=stages),
         turn=plgpu.Barrier(num_arrivals=1, num_barriers=2))
 
-    @partial(pl.run_scoped, **scratch, collective_axes="group")
-    def _(a_smem, b_smem, a_scales_smem, b_scales_smem, out_smem, full, empty, turn):
-        group = lax.axis_index("group")
-        together = lambda operand: dict(collective_axes=("pair",)) if pair == operand else {}
+
+def _after(slot: jax.Array, steps: int, stages: int) -> jax.Array:
+    slot = slot + steps
+    return slot - jnp.where(slot >= stages, stages, 0)
+
+
+def _produce(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tuning) -> None:
+    """Copy the operands of every step of every tile into the slots, in turn."""
+    stages = jnp.int32(tuning.stages)
+    together = lambda operand: dict(collective_axes=("pair",)) if tuning.pair == operand else {}
+
+    def wait_until_empty(count):
+        @pl.when(count >= stages)
+        def _():
+            plgpu.barrier_wait(shared.empty.at[lax.rem(count, stages)])
+
+    @each_tile(init_carry=jnp.int32(0))
+    def count(loop, carry):
+        tile = tile_at(loop.index[0])
+
+        def load(step, count):
+            wait_until_empty(count)
+            slot = lax.rem(count, stages)
+            copy = lambda source, target, **how: plgpu.copy_gmem_to_smem(
+                source, target.at[slot], shared.full.at[slot], **how)
+            copy(tile.a(step), shared.a, **together("a"))
+            copy(tile.b(step), shared.b, **together("b"))
+            copy(tile.a_scales(step), shared.a_scales)
+            if shared.b_scales is not None:
+                copy(tile.b_scales(step), shared.b_scales)
+            return count + 1
+
+        return lax.fori_loop(0, tile.steps, load, carry)
+
+    for ahead in range(AHEAD):  # consumers wait for so many steps more than there are
+        wait_until_empty(count + ahead)
+        for _ in range(3 + (shared.b_scales is not None)):
+            plgpu.barrier_arrive(shared.full.at[lax.rem(count + ahead, stages)])
+    for last in range(tuning.stages - AHEAD):  # no barrier is left with an arrival that nobody saw
+        @pl.when(count > last)
+        def _(last=last):
+            plgpu.barrier_wait(shared.empty.at[lax.rem(count - 1 - last, stages)])
+
+
+def _consume(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tuning, group: jax.Array) -> None:
+    """Multiply, promote and write one half of every tile."""
+    width, stages = tuning.width, tuning.stages
+    half = pl.ds(group * HALF, HALF)
+    column_scales = shared.b_scales is not None
+    segment = math.gcd(width, 32 if column_scales else DEPTH)
+    """Columns whose totals are one array: they share a scale of b, or bound how many column scales are in registers."""
+    after = partial(_after, stages=stages)
+    down = lambda scale: lax.broadcast_in_dim(scale, (HALF, segment), (0,))
+    across = lambda scale: lax.broadcast_in_dim(scale, (HALF, segment), (1,))
+    row_scale = lambda slot: plgpu.load(shared.a_scales, (slot, half), layout=plgpu.Layout.WGMMA.reduce(1))
+
+    def arrived(slot):
+        """Wait for a slot; the scales of this half's rows, read at once (column scales keep them for later)."""
+        plgpu.barrier_wait(shared.full.at[slot])
+        return slot if column_scales else row_scale(slot)
+
+    def start(slot, acc):
+        plgpu.wgmma(acc, shared.a.at[slot, half], shared.b.at[slot].transpose((1, 0)))
+
+    def scales(slot, row, factors):
+        """Of every segment."""
+        if not column_scales:
+            return [down(row * factor) for factor in factors]
+        column = lambda i: plgpu.load(
+            shared.b_scales, (slot, pl.ds(i * segment, segment)), layout=plgpu.Layout.WGMMA.reduce(0))
+        return [down(row_scale(slot)) * across(column(i)) for i in range(width // segment)]
+
+    def promote(slot, row, factors, part, totals):
+        """Add the scaled partial sums to the totals, and hand the slot back as soon as nobody reads it."""
+        if not column_scales:
+            plgpu.barrier_arrive(shared.empty.at[slot])
+        totals = [total + part[:, i * segment:(i + 1) * segment] * scale
+                  for i, (total, scale) in enumerate(zip(totals, scales(slot, row, factors), strict=True))]
+        if column_scales:
+            plgpu.barrier_arrive(shared.empty.at[slot])
+        return totals
+
+    def multiply(tile, carry):
+        """All steps of a tile. The carry is the next slot and the row scales of the slots that have arrived."""
+        factors_of = lambda index: (
+            () if column_scales else tuple(tile.b_scales(lax.min(jnp.int32(index), jnp.int32(tile.steps - 1)))))
+
+        def single(index, state):
+            slot, row, next_row, factors, *totals = state
+            next_factors = factors_of(index + 1)
+
+            def run(acc):
+                start(slot, acc)
+                return arrived(after(slot, AHEAD)), acc[...]
+
+            last_row, part = pl.run_scoped(run, plgpu.ACC((HALF, width)))
+            return after(slot, 1), next_row, last_row, next_factors, *promote(slot, row, factors, part, totals)
+
+        def double(index, state):
+            """Two steps: while the second multiplies, the first is promoted."""
+            early, early_row, late_row, factors, *totals = state
+            late = after(early, 1)
+            late_factors, next_factors = factors_of(2 * index + 1), factors_of(2 * index + 2)
+            plgpu.barrier_wait(shared.turn.at[group])
+
+            def run(first, second):
+                start(early, first)
+                start(late, second)
+                plgpu.barrier_arrive(shared.turn.at[1 - group])
+                row = arrived(after(early, AHEAD))
+                part = plgpu.wgmma_accumulator_load(first, wait_n=1)
+                sums = promote(early, early_row, factors, part, totals)
+                return row, arrived(after(late, AHEAD)), sums, second[...]
+
+            row, last_row, sums, part = pl.run_scoped(run, plgpu.ACC((HALF, width)), plgpu.ACC((HALF, width)))
+            return after(late, 1), row, last_row, next_factors, *promote(late, late_row, late_factors, part, sums)
+
+        zero = plgpu.layout_cast(jnp.zeros((HALF, segment), jnp.float32), plgpu.Layout.WGMMA)
+        state = *carry, factors_of(0), *[zero] * (width // segment)
+        singles = 0
+        if tuning.doubled:
+            state = lax.fori_loop(0, tile.steps // 2, double, state)
+            singles = tile.steps // 2 * 2
+        state = lax.fori_loop(singles, tile.steps, single, state)
+        return state[:1 + AHEAD], state[2 + AHEAD:]
+
+    def write(tile, totals):
+        """Through two small buffers, which the copy engine empties while the next is filled."""
+        piece = shared.out.shape[-1]
+        chunk = min(piece, segment)
+        for i in range(width // piece):
+            staged = shared.out.at[group, i % 2]
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            for first in range(i * piece, (i + 1) * piece, chunk):
+                inside = first % segment
+                values = totals[first // segment][:, inside:inside + chunk].astype(staged.dtype)
+                staged.at[:, pl.ds(first - i * piece, chunk)][...] = values
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staged, tile.out(group, i * piece, piece))
+
+    if tuning.doubled:
+        @pl.when(group == 1)
+        def _():
+            plgpu.barrier_arrive(shared.turn.at[0])
+
+    @each_tile(init_carry=(jnp.int32(0), *(arrived(jnp.int32(slot)) for slot in range(AHEAD))))
+    def _(loop, carry):
+        tile = tile_at(loop.index[0])
+        carry, totals = multiply(tile, carry)
+        write(tile, totals)
+        return carry
+
+    if tuning.doubled:
+        @pl.when(group == 0)
+        def _():
+            plgpu.barrier_wait(shared.turn.at[0])
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+
+def _call(tile_of: Callable, n_tiles: int, column_scales: bool, tuning: Tuning, out: jax.ShapeDtypeStruct, *args):
+    """Run `n_tiles` tiles (or pairs); `tile_of(index, *refs)` describes one. The last four of `args` are operands."""
+    def kernel(*refs):
+        tile_at = lambda index: tile_of(index, *refs)
         each_tile = partial(plgpu.nd_loop, (n_tiles,), collective_axes="multiprocessor")
 
-        @pl.when(group == 2)
-        def _produce():
-            plgpu.set_max_registers(40, action="decrease")
+        def run(**scratch):
+            shared, group = Shared(**scratch), lax.axis_index("group")
 
-            @each_tile(init_carry=jnp.int32(0))
-            def count(loop, carry):
-                tile = tile_of(loop.index[0], *refs)
+            @pl.when(group == CONSUMERS)
+            def _():
+                plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+                _produce(shared, each_tile, tile_at, tuning)
 
-                def load(step, count):
-                    slot = lax.rem(count, jnp.int32(stages))
+            @pl.when(group < CONSUMERS)
+            def _():
+                plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+                _consume(shared, each_tile, tile_at, tuning, group)
 
-                    @pl.when(count >= stages)
-                    def _():
-                        plgpu.barrier_wait(empty.at[slot])
+        scratch = _scratch(tuning, column_scales, (args[-4].dtype, args[-2].dtype), out.dtype)
+        pl.run_scoped(run, **scratch._asdict(), collective_axes="group")
 
-                    copy = lambda source, target, operand: plgpu.copy_gmem_to_smem(
-                        source, target.at[slot], full.at[slot], **together(operand))
-                    copy(tile.a(step), a_smem, "a")
-                    copy(tile.b(step), b_smem, "b")
-                    copy(tile.a_scales(step), a_scales_smem, "own")
-                    if column_scales:
-                        copy(tile.b_scales(step), b_scales_smem, "own")
-                    return count + 1
-
-                return lax.fori_loop(0, tile.steps, load, carry)
-
-            for ahead in range(AHEAD):  # consumers wait for so many steps more than there are
-                slot = lax.rem(count + ahead, jnp.int32(stages))
-
-                @pl.when(count + ahead >= stages)
-                def _(slot=slot):
-                    plgpu.barrier_wait(empty.at[slot])
-
-                for _ in range(3 + column_scales):
-                    plgpu.barrier_arrive(full.at[slot])
-
-            for last in range(stages - AHEAD):  # no barrier is left with an arrival that nobody saw
-                @pl.when(count > last)
-                def _(last=last):
-                    plgpu.barrier_wait(empty.at[lax.rem(count - 1 - last, jnp.int32(stages))])
-
-        @pl.when(group < 2)
-        def _consume():
-            plgpu.set_max_registers(232, action="increase")
-            half = pl.ds(group * half_rows, half_rows)
-
-            def my_turn():
-                if tuning.ordered:
-                    plgpu.barrier_wait(turn.at[group])
-
-            def your_turn():
-                if tuning.ordered:
-                    plgpu.barrier_arrive(turn.at[1 - group])
-
-            if tuning.ordered:
-                @pl.when(group == 1)
-                def _():
-                    plgpu.barrier_arrive(turn.at[0])
-
-            def after(slot, steps=1):
-                slot = slot + steps
-                return slot - jnp.where(slot >= stages, stages, 0)
-
-            def ready(*slots):
-                for slot in slots:
-                    plgpu.barrier_wait(full.at[slot])
-
-            def rows_scale(slot):
-                """The scales of this warpgroup's rows; read as soon as they are there."""
-                ready(slot)
-                if column_scales:
-                    return slot
-                return plgpu.load(a_scales_smem, (slot, half), layout=plgpu.Layout.WGMMA.reduce(1))
-
-            arrived = tuple(rows_scale(jnp.int32(slot)) for slot in range(AHEAD))
-
-            @each_tile(init_carry=(jnp.int32(0), *arrived))
-            def _(loop, carry):
-                tile = tile_of(loop.index[0], *refs)
-
-                def start(slot, acc):
-                    plgpu.wgmma(acc, a_smem.at[slot, half], b_smem.at[slot].transpose((1, 0)))
-
-                def factors_of(index):
-                    return () if column_scales else tuple(tile.b_scales(lax.min(index, tile.steps - 1)))
-
-                def promote(slot, row, factors, part, totals):
-                    """Hand the slot back, and add the scaled partial sums to the totals."""
-                    if column_scales:
-                        row = plgpu.load(a_scales_smem, (slot, half), layout=plgpu.Layout.WGMMA.reduce(1))
-                        sums = []
-                        for i, total in enumerate(totals):
-                            columns = pl.ds(i * segment, segment)
-                            column = plgpu.load(b_scales_smem, (slot, columns), layout=plgpu.Layout.WGMMA.reduce(0))
-                            scale = _down(row, segment) * _across(column, half_rows)
-                            sums.append(total + part[:, i * segment:(i + 1) * segment] * scale)
-                        plgpu.barrier_arrive(empty.at[slot])
-                        return sums
-                    plgpu.barrier_arrive(empty.at[slot])
-                    return [total + part[:, i * segment:(i + 1) * segment] * _down(row * factor, segment)
-                            for i, (total, factor) in enumerate(zip(totals, factors, strict=True))]
-
-                def single(index, state):
-                    slot, row, next_row, factors, *totals = state
-                    next_factors = factors_of(index + 1)
-                    my_turn()
-
-                    def multiply(acc):
-                        start(slot, acc)
-                        your_turn()
-                        ahead = rows_scale(after(slot, AHEAD))
-                        return ahead, acc[...]
-
-                    ahead, part = pl.run_scoped(multiply, plgpu.ACC((half_rows, width)))
-                    return after(slot), next_row, ahead, next_factors, *promote(slot, row, factors, part, totals)
-
-                def double(index, state):
-                    """Two steps at once: while the second multiplies, the first is added up."""
-                    early, early_row, late_row, factors, *totals = state
-                    late = after(early)
-                    late_factors, next_factors = factors_of(2 * index + 1), factors_of(2 * index + 2)
-                    my_turn()
-
-                    def multiply(first, second):
-                        start(early, first)
-                        start(late, second)
-                        your_turn()
-                        rows = rows_scale(after(early, AHEAD))
-                        part = plgpu.wgmma_accumulator_load(first, wait_n=1)
-                        sums = promote(early, early_row, factors, part, totals)
-                        rows = rows, rows_scale(after(late, AHEAD))
-                        return rows, sums, second[...]
-
-                    rows, sums, part = pl.run_scoped(
-                        multiply, plgpu.ACC((half_rows, width)), plgpu.ACC((half_rows, width)))
-                    return after(late), *rows, next_factors, *promote(late, late_row, late_factors, part, sums)
-
-                zero = plgpu.layout_cast(jnp.zeros((half_rows, segment), jnp.float32), plgpu.Layout.WGMMA)
-                state = *carry, factors_of(0), *[zero] * (width // segment)
-                if doubled:
-                    state = lax.fori_loop(0, tile.steps // 2, double, state)
-                    if not isinstance(tile.steps, int):
-                        state = lax.fori_loop(tile.steps // 2 * 2, tile.steps, single, state)
-                    elif tile.steps % 2:
-                        state = single(tile.steps - 1, state)
-                else:
-                    state = lax.fori_loop(0, tile.steps, single, state)
-                carry, (_, *totals) = state[:1 + AHEAD], state[1 + AHEAD:]
-                for i in range(width // piece):
-                    staged = out_smem.at[group, i % 2]
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    for first in range(i * piece, (i + 1) * piece, min(piece, segment)):
-                        within = pl.ds(first - i * piece, min(piece, segment))
-                        columns = slice(first % segment, first % segment + min(piece, segment))
-                        staged.at[:, within][...] = totals[first // segment][:, columns].astype(out_dtype)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(staged, tile.out(half, i * piece, piece))
-                return carry
-
-            if tuning.ordered:
-                @pl.when(group == 0)
-                def _():
-                    plgpu.barrier_wait(turn.at[0])
-
-            plgpu.wait_smem_to_gmem(0, wait_read_only=False)
-
-
-def _call(tile_of, n_tiles: int, column_scales: bool, tuning: Tuning, out: jax.ShapeDtypeStruct, types: tuple, *args):
-    kernel = partial(_kernel, tile_of=tile_of, n_tiles=n_tiles, column_scales=column_scales, tuning=tuning,
-                     out_dtype=out.dtype, types=types)
     pairs = dict(cluster=(2,), cluster_names=("pair",)) if tuning.pair else {}
     return plgpu.kernel(
         kernel, out_type=out, grid=(min(MULTIPROCESSORS // (2 if tuning.pair else 1), n_tiles),),
@@ -287,6 +307,11 @@ def _grid(n_rows: int, n_columns: int, tuning: Tuning) -> tuple[int, Callable[[j
     return shape[0] * shape[1], place
 
 
+def _out(ref, row, column, width):
+    return lambda group, start, size: ref.at[
+        pl.ds(row * ROWS + group * HALF, HALF), pl.ds(column * width + start, size)]
+
+
 def rows_times_blocks(
     a: Tiles, b: Blocks, expert_Z: jax.Array | None, out: jax.ShapeDtypeStruct, tuning: Tuning,
 ) -> jax.Array:
@@ -294,55 +319,54 @@ def rows_times_blocks(
     m, n = out.shape
     width = tuning.width
     n_tiles, place = _grid(pl.cdiv(m, ROWS), pl.cdiv(n, width), tuning)
-    segment, n_blocks = math.gcd(width, DEPTH), b.scales.shape[-2]
-    last_row = a.values.shape[0] // ROWS - 1
+    segment, last_block, last_row = math.gcd(width, DEPTH), b.scales.shape[-2] - 1, a.values.shape[0] // ROWS - 1
 
     def tile_of(index, *refs):
         experts, (a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref) = refs[:-5], refs[-5:]
         row, column = place(index)
         rows, columns = pl.ds(row * ROWS, ROWS), pl.ds(column * width, width)
         which = (experts[0][lax.min(row, last_row)],) if experts else ()
-        block = lambda i: lax.min(lax.div(column * width + i * segment, DEPTH), n_blocks - 1)
+        block = lambda i: lax.min(lax.div(column * width + i * segment, DEPTH), last_block)
+        depth = lambda step: pl.ds(step * DEPTH, DEPTH)
         return Tile(
             a.values.shape[1] // DEPTH,
-            lambda step: a_ref.at[rows, pl.ds(step * DEPTH, DEPTH)],
+            lambda step: a_ref.at[rows, depth(step)],
             lambda step: a_scales_ref.at[step, rows],
-            lambda step: b_ref.at[*which, columns, pl.ds(step * DEPTH, DEPTH)],
+            lambda step: b_ref.at[*which, columns, depth(step)],
             lambda step: [b_scales_ref[*which, block(i), step] for i in range(width // segment)],
-            lambda half, start, size: out_ref.at[
-                pl.ds(row * ROWS + half.start, half.size), pl.ds(column * width + start, size)])
+            _out(out_ref, row, column, width))
 
     arguments = () if expert_Z is None else (expert_Z,)
-    return _call(tile_of, n_tiles, False, tuning, out, (a.values.dtype, b.values.dtype), *arguments, *a, *b)
+    return _call(tile_of, n_tiles, False, tuning, out, *arguments, *a, *b)
 
 
 def weight_gradient(
     a: Tiles, b: Tiles, start_E: jax.Array | None, steps_E: jax.Array | None, tuning: Tuning,
 ) -> jax.Array:
-    """a [D, T] b [F, T]^T over all T (float32 [D, F]) or over every expert's own 128-blocks ([E, D, F])."""
-    n_rows, n_columns = pl.cdiv(a.values.shape[0], ROWS), pl.cdiv(b.values.shape[0], tuning.width)
-    n_tiles, place = _grid(n_rows, n_columns, tuning)
-    n_experts = 1 if steps_E is None else len(steps_E)
+    """a [D, T] b [F, T]^T over all T (float32 [D, F]), or over every expert's own tokens ([E, D, F], else zero).
+
+    Expert e has the `steps_E[e]` blocks of 128 tokens from `start_E[e]`, a multiple of 128.
+    """
+    width = tuning.width
+    n_tiles, place = _grid(pl.cdiv(a.values.shape[0], ROWS), pl.cdiv(b.values.shape[0], width), tuning)
+    shape = (a.values.shape[0], b.values.shape[0])
 
     def tile_of(index, *refs):
         groups, (a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref) = refs[:-5], refs[-5:]
         expert, within = lax.div(index, n_tiles), lax.rem(index, n_tiles)
         row, column = place(within)
-        rows, columns = pl.ds(row * ROWS, ROWS), pl.ds(column * tuning.width, tuning.width)
+        rows, columns = pl.ds(row * ROWS, ROWS), pl.ds(column * width, width)
         first, steps = (groups[0][expert], groups[1][expert]) if groups else (0, a.values.shape[1] // DEPTH)
-        tokens = lambda step: pl.ds((first + step) * DEPTH, DEPTH)
-        target = out_ref.at[expert] if groups else out_ref
+        depth = lambda step: pl.ds((first + step) * DEPTH, DEPTH)
         return Tile(
             steps,
-            lambda step: a_ref.at[rows, tokens(step)],
+            lambda step: a_ref.at[rows, depth(step)],
             lambda step: a_scales_ref.at[first + step, rows],
-            lambda step: b_ref.at[columns, tokens(step)],
+            lambda step: b_ref.at[columns, depth(step)],
             lambda step: b_scales_ref.at[first + step, columns],
-            lambda half, start, size: target.at[
-                pl.ds(row * ROWS + half.start, half.size), pl.ds(column * tuning.width + start, size)])
+            _out(out_ref.at[expert] if groups else out_ref, row, column, width))
 
-    shape = (a.values.shape[0], b.values.shape[0])
-    out = jax.ShapeDtypeStruct(shape if steps_E is None else (n_experts, *shape), jnp.float32)
-    arguments = () if steps_E is None else (start_E // DEPTH, steps_E)
-    types = a.values.dtype, b.values.dtype
-    return _call(tile_of, n_tiles * n_experts, True, tuning, out, types, *arguments, *a, *b)
+    if steps_E is None:
+        return _call(tile_of, n_tiles, True, tuning, jax.ShapeDtypeStruct(shape, jnp.float32), *a, *b)
+    out = jax.ShapeDtypeStruct((len(steps_E), *shape), jnp.float32)
+    return _call(tile_of, n_tiles * len(steps_E), True, tuning, out, start_E // DEPTH, steps_E, *a, *b)

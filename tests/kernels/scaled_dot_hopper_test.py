@@ -1,0 +1,103 @@
+"""Block-scaled products for Hopper, interpreted on the CPU, against float64 products of the decoded operands.
+
+Interpretation runs every matrix instruction at once, so it cannot show a race: `benchmark gemm` and `grouped` repeat
+the comparison on a GPU.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv3.kernels.scaled import Blocks, Tiles
+from dsv3.kernels.scaled_dot_hopper import Tuning, rows_times_blocks, weight_gradient
+from dsv3.quant.formats import E4M3
+from dsv3.quant.tiles import ALONG_ROWS, BLOCK, dequantize, quantize
+
+BOUND = 1e-6
+"""Norm-wise distance of float32 sums to float64; partial sums are exact here, unlike on a tensor core."""
+
+
+def tiles(rng, rows, columns):
+    """Rows of many magnitudes, one of zeros; the operand and its numbers in float64."""
+    x = rng.standard_normal((rows, columns)) * 2.0 ** rng.integers(-20, 20, (rows, 1))
+    x[3] = 0
+    quantized = quantize(jnp.asarray(x, jnp.float32), E4M3, ALONG_ROWS, power_of_two=False)
+    numbers = dequantize(quantized, E4M3, ALONG_ROWS, columns)
+    return Tiles(quantized.values, quantized.scales.T), np.asarray(numbers, np.float64)
+
+
+def blocks(rng, *shape):
+    quantized = quantize(jnp.asarray(rng.standard_normal(shape), jnp.float32), E4M3, BLOCK, power_of_two=False)
+    return Blocks(*quantized), np.asarray(dequantize(quantized, E4M3, BLOCK, shape[-1]), np.float64)
+
+
+def run(function, *arguments):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        return np.asarray(jax.block_until_ready(function(*arguments)), np.float64)
+
+
+def assert_close(actual, expected):
+    assert actual.shape == expected.shape
+    assert np.isfinite(actual).all()
+    scale = np.linalg.norm(expected, axis=-1, keepdims=True)  # every row by itself: their magnitudes differ by 2^40
+    np.testing.assert_array_less(np.linalg.norm(actual - expected, axis=-1, keepdims=True), BOUND * scale + 1e-30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("tuning", [
+    Tuning(128, 4, None, 8), Tuning(128, 4, "a", 8), Tuning(128, 5, "b", 1), Tuning(192, 3, None, 8),
+    Tuning(192, 3, "a", 2)], ids=str)
+def test_a_dense_product(tuning, steps):
+    rng = np.random.default_rng(0)
+    n = 384
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 256, 128 * steps), blocks(rng, n, 128 * steps)
+    out = jax.ShapeDtypeStruct((256, n), jnp.float32)
+    assert_close(run(rows_times_blocks, a, b, None, out, tuning), a_numbers @ b_numbers.T)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", [Tuning(128, 4, None, 8), Tuning(128, 4, "a", 2)], ids=str)
+def test_a_grouped_product(tuning):
+    """Experts in any order, one without rows."""
+    rng = np.random.default_rng(1)
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 384, 256), blocks(rng, 3, 256, 256)
+    expert_Z = np.array([2, 0, 2], np.int32)
+    out = jax.ShapeDtypeStruct((384, 256), jnp.float32)
+    expected = np.einsum("mk,mnk->mn", a_numbers, b_numbers[np.repeat(expert_Z, 128)])
+    assert_close(run(rows_times_blocks, a, b, jnp.asarray(expert_Z), out, tuning), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", [Tuning(128, 4, None, 8), Tuning(128, 4, "b", 1)], ids=str)
+def test_a_weight_gradient(tuning):
+    rng = np.random.default_rng(2)
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 256, 384), tiles(rng, 128, 384)
+    assert_close(run(weight_gradient, a, b, None, None, tuning), a_numbers @ b_numbers.T)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", [Tuning(128, 4, None, 8), Tuning(128, 4, "a", 1)], ids=str)
+def test_a_grouped_weight_gradient(tuning):
+    """An expert without tokens gets zeros; odd and even numbers of steps."""
+    rng = np.random.default_rng(3)
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 128, 640), tiles(rng, 128, 640)
+    steps_E = np.array([2, 0, 3], np.int32)
+    start_E = np.array([0, 256, 256], np.int32)
+    actual = run(weight_gradient, a, b, jnp.asarray(start_E), jnp.asarray(steps_E), tuning)
+    for e, (start, steps) in enumerate(zip(start_E, steps_E, strict=True)):
+        of_e = slice(start, start + 128 * steps)
+        assert_close(actual[e], a_numbers[:, of_e] @ b_numbers[:, of_e].T)
+
+
+@pytest.mark.slow
+def test_a_nan_reaches_its_row_alone():
+    rng = np.random.default_rng(4)
+    (a, _), (b, _) = tiles(rng, 128, 256), blocks(rng, 128, 256)
+    values = a.values.at[5, 130].set(jnp.nan)
+    actual = run(rows_times_blocks, Tiles(values, a.scales), b, None, jax.ShapeDtypeStruct((128, 128), jnp.float32),
+                 Tuning(128, 4, None, 8))
+    assert np.isnan(actual[5]).all()
+    assert np.isfinite(np.delete(actual, 5, axis=0)).all()
