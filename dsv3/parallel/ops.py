@@ -77,8 +77,13 @@ def _on_hopper(recipe: QuantConfig | None, refuse: Callable[[str], None]) -> Ops
     return with_recipe(recipe, with_fallbacks(refuse), partial(hopper_kernels, refuse))
 
 
-def _reference(recipe: QuantConfig | None) -> Ops:
-    return with_recipe(recipe, reference_ops(), lambda: REFERENCE)
+def text_ops(recipe: QuantConfig | None) -> Ops:
+    """For decoding, in plain jnp: a step has few tokens, so experts' rows come in small blocks."""
+    return _reference(recipe, row_block=8)
+
+
+def _reference(recipe: QuantConfig | None, **settings) -> Ops:
+    return with_recipe(recipe, reference_ops(**settings), lambda: REFERENCE)
 
 
 def _auto(recipe: QuantConfig | None) -> Ops:
