@@ -71,4 +71,4 @@ def get_config() -> Config:
                 moment_dtype="bfloat16"),
             seed=0, log_every=50, eval_every=STEPS, checkpoint_every=STEPS, keep_checkpoints=1, ema=None,
             guard=GuardConfig(max_bad_steps=5, spike_window=100, spike_deviations=6.0, replica_check_every=100)),
-        mesh=MeshConfig(data=1), kernels="auto")
+        mesh=MeshConfig(data=1), kernels="auto", quant="bf16")

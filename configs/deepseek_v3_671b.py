@@ -74,4 +74,4 @@ def get_config() -> Config:
             seed=0, log_every=10, eval_every=1000, checkpoint_every=1000, keep_checkpoints=2,
             ema=EMAConfig(decay=0.999, every=10),
             guard=GuardConfig(max_bad_steps=5, spike_window=100, spike_deviations=6.0, replica_check_every=100)),
-        mesh=MeshConfig(data=1), kernels="auto")
+        mesh=MeshConfig(data=1), kernels="auto", quant="bf16")

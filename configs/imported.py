@@ -54,4 +54,4 @@ def get_config() -> Config:
                 moment_dtype="bfloat16"),
             seed=0, log_every=10, eval_every=500, checkpoint_every=500, keep_checkpoints=2, ema=None,
             guard=GuardConfig(max_bad_steps=5, spike_window=100, spike_deviations=6.0, replica_check_every=100)),
-        mesh=MeshConfig(data=1), kernels="auto")
+        mesh=MeshConfig(data=1), kernels="auto", quant="bf16")

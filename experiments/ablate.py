@@ -61,13 +61,15 @@ def main(overrides: Sequence[str]) -> None:
     config, module = launch.load_config(CONFIG.value, overrides), launch.load_module(CONFIG.value)
     require(hasattr(module, "VARIANTS"), f"--config={CONFIG.value} defines no VARIANTS; see configs/ablation.py")
     require(all(seed.isdigit() for seed in SEEDS.value), f"--seeds={','.join(SEEDS.value)} are not whole numbers")
-    workdir, ops, runs = Path(WORKDIR.value), make_ops(config.kernels), {}
+    workdir, bundles, runs = Path(WORKDIR.value), {}, {}
     for seed in SEEDS.value:
         for name, changes in module.VARIANTS.items():
             run = workdir / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
             share_data(workdir / "data", run)
             try:
-                train(override(config, changes | {"train.seed": seed}), run, ops)
+                variant = override(config, changes | {"train.seed": seed})
+                how = variant.kernels, variant.recipe
+                train(variant, run, bundles.setdefault(how, make_ops(*how)))
             except UserError as error:
                 raise UserError(f"variant {name!r}: {error}") from error
             runs.setdefault(name, []).append(list(read_metrics(run / "metrics.jsonl")))

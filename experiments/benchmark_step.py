@@ -114,7 +114,7 @@ def profiled(bench: Bench, directory: str) -> dict[str, float]:
 def main(overrides: Sequence[str]) -> None:
     require(flags.FLAGS.config is not None, "--config=FILE is missing; try --config=configs/small_moe.py")
     config = launch.load_config(flags.FLAGS.config, overrides)
-    figures, bench = measure(prepare(config, make_ops(config.kernels)), flags.FLAGS.steps)
+    figures, bench = measure(prepare(config, make_ops(config.kernels, config.recipe)), flags.FLAGS.steps)
     micro = config.train.micro_batch_size
     print(f"{jax.devices()[0].device_kind}, jax {version('jax')}: {flags.FLAGS.config} {' '.join(overrides)}")
     print(f"{figures['tokens'] // config.train.seq_len} rows of {config.train.seq_len} tokens a step, {micro} at once, "

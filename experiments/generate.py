@@ -12,7 +12,7 @@ from absl import flags
 from dsv3.config import require
 from dsv3.inference.chat import read_template, reply
 from dsv3.inference.text import continue_text
-from dsv3.model.ops import reference_ops
+from dsv3.parallel.ops import text_ops
 from experiments import launch
 from experiments.runs import load_run
 
@@ -35,7 +35,7 @@ def main(overrides: Sequence[str]) -> None:
     require(CHAT.value or SYSTEM.value is None, "--system is a turn of a conversation; add --chat")
     template = read_template(Path(WORKDIR.value) / "hf") if CHAT.value else None
     run = load_run(Path(WORKDIR.value), ema=EMA.value)
-    model = run.config.model, reference_ops(row_block=8), run.variables, run.tokenizer
+    model = run.config.model, text_ops(run.config.recipe), run.variables, run.tokenizer
     how = dict(
         cache_length=run.config.train.seq_len if CACHE_LENGTH.value is None else CACHE_LENGTH.value,
         max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, top_p=TOP_P.value, seed=SEED.value)

@@ -13,10 +13,9 @@ from absl import flags
 from dsv3.config import Config, require
 from dsv3.evaluation.baselines import bigram_bits, xz_bits
 from dsv3.inference.text import continue_text
-from dsv3.model.ops import reference_ops
 from dsv3.parallel.distributed import barrier, is_main
 from dsv3.parallel.mesh import on_one_device
-from dsv3.parallel.ops import make_ops
+from dsv3.parallel.ops import make_ops, text_ops
 from dsv3.train.loop import Profile, Result, train
 from experiments import launch
 from experiments.report import results_table
@@ -49,7 +48,7 @@ def sample(config: Config, result: Result, prompt: str) -> str:
     """A short continuation of `prompt`, at a temperature low enough to show what was learnt."""
     variables = on_one_device({"params": result.state.params, "routing": result.state.routing})
     pieces = continue_text(
-        config.model, reference_ops(row_block=8), variables, result.prepared.tokenizer, prompt,
+        config.model, text_ops(config.recipe), variables, result.prepared.tokenizer, prompt,
         cache_length=config.train.seq_len, max_new_tokens=100, temperature=0.3, top_p=0.95)
     return prompt + "".join(pieces)
 
@@ -60,7 +59,7 @@ def main(overrides: Sequence[str]) -> None:
     workdir = Path(WORKDIR.value)
     start = time.perf_counter()
     profile = Profile(workdir / "profile") if PROFILE.value else None
-    result = train(config, workdir, make_ops(config.kernels), profile)
+    result = train(config, workdir, make_ops(config.kernels, config.recipe), profile)
     if is_main():
         print_results(config, workdir, result, time.perf_counter() - start)
     barrier("results printed", timeout_s=3600)

@@ -7,13 +7,14 @@ from dsv3.config.data import DEEPSEEK_V3_TOKENS, DataConfig, SourceConfig
 from dsv3.config.errors import UserError, require
 from dsv3.config.mesh import MeshConfig
 from dsv3.config.model import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, YarnConfig
+from dsv3.config.quant import Operand, QuantConfig, Rule, Site, resolve
 from dsv3.config.schema import Node, differences, from_dict, override, to_dict
 from dsv3.config.train import EMAConfig, GuardConfig, OptimizerConfig, Phase, TrainConfig, constant
 
 __all__ = [
     "AttentionConfig", "Config", "DataConfig", "EMAConfig", "GuardConfig", "MeshConfig", "ModelConfig", "MoEConfig",
-    "MTPConfig", "OptimizerConfig", "Phase", "SourceConfig", "TrainConfig", "UserError", "YarnConfig", "constant",
-    "differences", "from_dict", "override", "require", "to_dict",
+    "MTPConfig", "Operand", "OptimizerConfig", "Phase", "QuantConfig", "Rule", "Site", "SourceConfig", "TrainConfig",
+    "UserError", "YarnConfig", "constant", "differences", "from_dict", "override", "require", "resolve", "to_dict",
 ]
 
 
@@ -23,6 +24,8 @@ class Config(Node):
 
     `kernels`: `auto` takes the fastest form of every operation that the device has and warns where it must fall back to
     the reference, `require` raises there instead, `reference` takes plain jnp everywhere.
+
+    `quant`: the name of a recipe (`bf16`, `fp8` and others, `dsv3/config/quant.py`), or a recipe.
     """
 
     model: ModelConfig
@@ -30,8 +33,15 @@ class Config(Node):
     train: TrainConfig
     mesh: MeshConfig
     kernels: Literal["auto", "reference", "require"]
+    quant: str | QuantConfig
+
+    @property
+    def recipe(self) -> QuantConfig | None:
+        """What `quant` names; None for bf16."""
+        return resolve(self.quant)
 
     def validate(self) -> None:
+        resolve(self.quant)
         require(self.model.mtp.depth < self.train.seq_len,
                 f"model.mtp.depth {self.model.mtp.depth} leaves no position of train.seq_len {self.train.seq_len}")
         require(self.data.tokenizer != "bpe" or self.data.bpe_vocab_size <= self.model.vocab_size,

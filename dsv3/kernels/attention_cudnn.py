@@ -4,12 +4,11 @@ jax.nn.dot_product_attention refuses values narrower than keys; the primitives b
 jax, so this file is the one place that knows them (jax 0.11.2, cuDNN 9.10 or newer for 192 / 128).
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
-from jax.ad_checkpoint import checkpoint_name
+
+from dsv3.kernels.attention import Attention, Heads, attend
 
 
 def refusal(q_width: int, v_width: int, dtype: jnp.dtype) -> str | None:
@@ -27,39 +26,40 @@ def segment_bias(segment_ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.where(same_BTT, jnp.zeros((), dtype), cudnn.get_large_negative_number(dtype))[:, None]
 
 
-def _arguments(q, k, v, bias):
-    """Operands in the primitives' order; an empty array stands for one that is not used."""
-    unused = jnp.zeros(0, q.dtype)
-    return q, k, v, unused if bias is None else bias, *[unused] * 6
+def _operands(heads: Heads, segment_ids_BT: jax.Array | None) -> tuple:
+    """In the primitives' order; an empty array stands for one that is not used."""
+    shared_BTHR = jnp.broadcast_to(heads.k_rope_BTR[:, :, None], heads.q_rope_BTHR.shape)
+    q_BTHX = jnp.concatenate([heads.q_nope_BTHN, heads.q_rope_BTHR], axis=-1)
+    k_BTHX = jnp.concatenate([heads.k_nope_BTHN, shared_BTHR], axis=-1)
+    unused = jnp.zeros(0, q_BTHX.dtype)
+    bias = unused if segment_ids_BT is None else segment_bias(segment_ids_BT, q_BTHX.dtype)
+    return q_BTHX, k_BTHX, heads.v_BTHU, bias, *[unused] * 6
 
 
-def _settings(scale, bias):
+def _settings(scale: float, segment_ids_BT: jax.Array | None) -> dict:
     return dict(
-        scale=scale, seed=42, dropout_rate=0.0, variadic_args=(bias is not None, False),
+        scale=scale, seed=42, dropout_rate=0.0, variadic_args=(segment_ids_BT is not None, False),
         mask_type=cudnn.MaskType.CAUSAL, layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, bias, scale):
-    return _attend_forward(q, k, v, bias, scale)[0]
+def forward(heads: Heads, scale: float, segment_ids_BT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """o_BTHU and the normaliser of every row."""
+    return tuple(cudnn._dot_product_attention_fwd_p_wrapper.bind(
+        *_operands(heads, segment_ids_BT), **_settings(scale, segment_ids_BT), is_training=True))
 
 
-def _attend_forward(q, k, v, bias, scale):
-    out, normaliser = cudnn._dot_product_attention_fwd_p_wrapper.bind(
-        *_arguments(q, k, v, bias), **_settings(scale, bias), is_training=True)
-    # Named here, inside the rule: a recomputation policy that keeps the output but not this would run it twice.
-    out, normaliser = checkpoint_name((out, normaliser), "attn.core")
-    return out, (q, k, v, bias, normaliser, out)
-
-
-def _attend_backward(scale, residuals, d_out):
-    q, k, v, bias, normaliser, out = residuals
+def backward(
+    heads: Heads, scale: float, segment_ids_BT: jax.Array | None, o_BTHU: jax.Array, normaliser: jax.Array,
+    d_o_BTHU: jax.Array,
+) -> Heads:
     d_q, d_k, d_v = cudnn._dot_product_attention_bwd_p_wrapper.bind(
-        *_arguments(q, k, v, bias), normaliser, out, d_out, **_settings(scale, bias))
-    return d_q, d_k, d_v, None
+        *_operands(heads, segment_ids_BT), normaliser, o_BTHU, d_o_BTHU, **_settings(scale, segment_ids_BT))
+    n_nope = heads.q_nope_BTHN.shape[-1]
+    d_k_rope_BTR = jnp.sum(d_k[..., n_nope:].astype(jnp.float32), axis=2).astype(d_k.dtype)
+    return Heads(d_q[..., :n_nope], d_q[..., n_nope:], d_k[..., :n_nope], d_k_rope_BTR, d_v)
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+CUDNN = Attention(forward, backward)
 
 
 def causal_attention_cudnn(
@@ -74,10 +74,6 @@ def causal_attention_cudnn(
 ) -> jax.Array:
     """As `causal_attention`, in bfloat16 with head sizes that `refusal` accepts.
 
-    Segments travel as a [B, 1, T, T] bias, which costs 2 T^2 bytes a row.
+    Segments travel as a [B, 1, T, T] bias, which costs 2 T^2 bytes a row while it is used.
     """
-    shared_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None], q_rope_BTHR.shape)
-    q_BTHX = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
-    k_BTHX = jnp.concatenate([k_nope_BTHN, shared_BTHR], axis=-1)
-    bias = None if segment_ids_BT is None else segment_bias(segment_ids_BT, q_BTHX.dtype)
-    return _attend(q_BTHX, k_BTHX, v_BTHU, bias, scale)
+    return attend(CUDNN, Heads(q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU), scale, segment_ids_BT)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3.kernels.grouped_dot import block_starts, padded_rows
+from dsv3.kernels.scaled import Tiles
 
 
 class Plan(NamedTuple):
@@ -42,10 +43,28 @@ def _gather_or_zero(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[index].get(mode="fill", fill_value=0)
 
 
+def token_of_row(plan: Plan) -> jax.Array:
+    """The token of every row, int32 [J]; T where the row is padding."""
+    return plan.pair_J // plan.row_TK.shape[1]
+
+
+def permute_tiles(tiles_TD: Tiles, token_J: jax.Array) -> Tiles:
+    """`permute` of quantised tokens with their scales: [J, D]. Rows of padding (token T or more) are 0, with scale 1."""
+    values = _gather_or_zero(tiles_TD.values, token_J)
+    return Tiles(values, tiles_TD.scales.at[:, token_J].get(mode="fill", fill_value=1))
+
+
+def combine_rows(rows_JD: jax.Array, row_TK: jax.Array, weights_TK: jax.Array | None) -> jax.Array:
+    """The sum over k of weights[t, k] * rows[row_TK[t, k]], or without weights; float32 inside, [T, D] as the rows."""
+    chosen_TKD = rows_JD[row_TK].astype(jnp.float32)
+    y_TD = jnp.sum(chosen_TKD, axis=1) if weights_TK is None else jnp.einsum("tkd,tk->td", chosen_TKD, weights_TK)
+    return y_TD.astype(rows_JD.dtype)
+
+
 @jax.custom_vjp
 def permute(x_TD: jax.Array, plan: Plan) -> jax.Array:
     """Copy every token to the rows of its chosen experts: rows_JD, zero where padding."""
-    return _gather_or_zero(x_TD, plan.pair_J // plan.row_TK.shape[1])
+    return _gather_or_zero(x_TD, token_of_row(plan))
 
 
 def _permute_forward(x_TD, plan):
@@ -53,8 +72,7 @@ def _permute_forward(x_TD, plan):
 
 
 def _permute_backward(plan, d_rows_JD):
-    d_x_TD = jnp.sum(d_rows_JD[plan.row_TK].astype(jnp.float32), axis=1)
-    return d_x_TD.astype(d_rows_JD.dtype), None
+    return combine_rows(d_rows_JD, plan.row_TK, None), None
 
 
 permute.defvjp(_permute_forward, _permute_backward)
@@ -63,8 +81,7 @@ permute.defvjp(_permute_forward, _permute_backward)
 @jax.custom_vjp
 def unpermute(rows_JD: jax.Array, plan: Plan, weights_TK: jax.Array) -> jax.Array:
     """y_t = sum over k of weights[t, k] * rows[row of (t, k)], summed in float32, in the dtype of the rows."""
-    chosen_TKD = rows_JD[plan.row_TK].astype(jnp.float32)
-    return jnp.einsum("tkd,tk->td", chosen_TKD, weights_TK).astype(rows_JD.dtype)
+    return combine_rows(rows_JD, plan.row_TK, weights_TK)
 
 
 def _unpermute_forward(rows_JD, plan, weights_TK):
@@ -74,7 +91,7 @@ def _unpermute_forward(rows_JD, plan, weights_TK):
 def _unpermute_backward(residuals, d_y_TD):
     rows_JD, plan, weights_TK = residuals
     weight_J = _gather_or_zero(weights_TK.reshape(-1), plan.pair_J)
-    d_y_JD = _gather_or_zero(d_y_TD, plan.pair_J // weights_TK.shape[1])
+    d_y_JD = _gather_or_zero(d_y_TD, token_of_row(plan))
     d_rows_JD = (d_y_JD.astype(jnp.float32) * weight_J[:, None]).astype(rows_JD.dtype)
     d_weights_TK = jnp.einsum(
         "tkd,td->tk", rows_JD[plan.row_TK].astype(jnp.float32), d_y_TD.astype(jnp.float32))

@@ -10,12 +10,13 @@ from dsv3.model.mla import MLA, Context, LatentCache
 from dsv3.model.ops import Ops
 
 SAVED_BY_REPORT = (
-    "attn.q", "attn.q_a", "attn.kv_a", "attn.core", "block.attended",
-    "mlp.gate_up", "shared.gate_up", "moe.scores", "moe.routes", "moe.plan",
-    "experts.rows", "experts.gate_up", "experts.down",
+    "attn.q", "attn.q_a", "attn.kv_a", "attn.core", "attn.o.input", "block.attended",
+    "mlp.down.input", "shared.down.input", "moe.scores", "moe.routes", "moe.plan",
+    "experts.rows", "experts.down.input", "experts.down",
 )
 """What the report's policy keeps for the backward pass: inputs and outputs of products, not RMSNorm, SwiGLU or the MLA
-up-projections, which it computes again (section 3.2.3)."""
+up-projections, which it computes again (section 3.2.3). `mlp.down.input` is the input of the SwiGLU before `mlp.down`.
+"""
 
 
 class Block(nn.Module):

@@ -33,8 +33,7 @@ class MLP(nn.Module):
         norm = gain(self, "norm", c.dim)
         gate_up = matrix(self, "gate_up", c.init_std, embed=c.dim, hidden=2 * c.inter_dim)
         down = matrix(self, "down", c.init_std, hidden=c.inter_dim, embed=c.dim)
-        hidden, = self.ops.norm_linear(("mlp.gate_up",), x_BTD, norm, (gate_up,), c.norm_eps)
-        return self.ops.swiglu_linear("mlp.down", hidden, down)
+        return self.ops.mlp(("mlp.gate_up", "mlp.down"), rms_norm(x_BTD, norm, c.norm_eps), gate_up, down)
 
 
 class MoE(nn.Module):
@@ -63,17 +62,12 @@ class MoE(nn.Module):
         with jax.named_scope("router"):
             scores_TE = checkpoint_name(gate.scores(h_TD, w_gate, c), "moe.scores")
             routes = gate.route(scores_TE, bias_E, c)
-        with jax.named_scope("dispatch"):
-            rows_JD, sizes_E, plan = self.ops.dispatch(h_TD, routes.topk_TK, c.n_routed_experts)
-        with jax.named_scope("experts"):
-            rows_JD = self.ops.experts(rows_JD, sizes_E, weights)
-        with jax.named_scope("combine"):
-            y_BTD = self.ops.combine(rows_JD, plan, routes.weights_TK).reshape(x_BTD.shape)
+        y_BTD = self.ops.moe(h_TD, *routes, weights).reshape(x_BTD.shape)
         if c.n_shared_experts > 0:
             width = c.n_shared_experts * c.moe_inter_dim
             gate_up = matrix(self, "shared_gate_up", init, embed=d, hidden=2 * width)
             down = matrix(self, "shared_down", init, hidden=width, embed=d)
-            y_BTD += self.ops.swiglu_linear("shared.down", self.ops.linear("shared.gate_up", h_BTD, gate_up), down)
+            y_BTD += self.ops.mlp(("shared.gate_up", "shared.down"), h_BTD, gate_up, down)
         with jax.named_scope("router"):
             stats = RouterStats(
                 gate.expert_counts(routes.topk_TK, valid_BT.reshape(-1), c.n_routed_experts),

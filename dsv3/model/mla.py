@@ -5,7 +5,6 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from dsv3.config import ModelConfig
 from dsv3.kernels.attention import latent_attention
@@ -83,16 +82,13 @@ class MLA(nn.Module):
         if cache is None:
             kv_heads, = self.ops.norm_linear(("attn.kv_b",), c_kv_BTC, kv_norm, (kv_b,), latent_eps)
             k_nope_BTHN, v_BTHU = jnp.split(kv_heads.reshape(heads), [c.qk_nope_head_dim], axis=-1)
-            with jax.named_scope("attention"):
-                o_BTHU = self.ops.attention(
-                    q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU,
-                    scale=scale, segment_ids_BT=context.segment_ids_BT)
-        else:
-            c_kv_BTC = rms_norm(c_kv_BTC, kv_norm, latent_eps)
-            cache = _extend(cache, LatentCache(c_kv_BTC, k_rope_BTR), context.positions_BT)
-            kv_b_CHX = kv_b.reshape(c.kv_lora_rank, c.n_heads, -1)
-            o_BTHU = _absorbed(q_nope_BTHN, q_rope_BTHR, cache, context.positions_BT, kv_b_CHX, scale)
-        o_BTHU = checkpoint_name(o_BTHU, "attn.core")
+            return self.ops.attention_linear(
+                "attn.o", q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU, out,
+                scale=scale, segment_ids_BT=context.segment_ids_BT), None
+        c_kv_BTC = rms_norm(c_kv_BTC, kv_norm, latent_eps)
+        cache = _extend(cache, LatentCache(c_kv_BTC, k_rope_BTR), context.positions_BT)
+        kv_b_CHX = kv_b.reshape(c.kv_lora_rank, c.n_heads, -1)
+        o_BTHU = _absorbed(q_nope_BTHN, q_rope_BTHR, cache, context.positions_BT, kv_b_CHX, scale)
         return self.ops.linear("attn.o", o_BTHU.reshape(*x_BTD.shape[:2], -1), out), cache
 
 

@@ -30,29 +30,30 @@ class ExpertWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Ops:
-    """Eight functions, coarse enough that an implementation can fuse and share inside each.
+    """Six functions, coarse enough that an implementation can fuse and share inside each.
 
     A `site` names the place of a product (`attn.q_a`, `mlp.down`, `mtp.eh_proj`), so that a recipe can give every
-    place its own format. Products take float32 master weights, cast them to the dtype of the activation, and return
-    float32 gradients for them.
+    place its own format; those of the routed experts are `experts.gate_up` and `experts.down`. Products take float32
+    master weights, cast them to the dtype of the activation, and return float32 gradients for them.
 
     - `linear(site, x, w)`: x @ w.
     - `norm_linear(sites, x, gain, weights, eps)`: one RMSNorm of x, then one product per site from the same input.
-    - `swiglu_linear(site, gate_up, w)`: swiglu(gate_up) @ w.
-    - `attention(q_nope, q_rope, k_nope, k_rope, v, scale=, segment_ids_BT=)`: causal core attention.
-    - `dispatch(x_TD, topk_TK, n_experts) -> rows_JD, sizes_E, plan`: tokens to expert order.
-    - `experts(rows_JD, sizes_E, weights) -> rows_JD`: every routed expert's SwiGLU network on its own rows.
-    - `combine(rows_JD, plan, weights_TK) -> y_TD`: back to token order, weighted by the gate.
+    - `attention_linear(site, q_nope, q_rope, k_nope, k_rope, v, w, scale=, segment_ids_BT=)`: causal core attention,
+      then the product with the heads side by side.
+    - `mlp(sites, x, gate_up, down)`: swiglu(x @ gate_up) @ down, two sites.
+    - `moe(h_TD, topk_TK, weights_TK, weights) -> y_TD`: tokens to their experts, every expert's SwiGLU network on its
+      own rows, and back, weighted by the gate.
     - `loss(x_TD, w_DV, targets_T, weights_T) -> TokenLoss`: cross-entropy through the output head.
+
+    Values that wait for the backward pass are named as `SAVED_BY_REPORT` (`dsv3/model/block.py`) lists them: a site's
+    output by the site, what it keeps of its input `<site>.input`.
     """
 
     linear: Callable
     norm_linear: Callable
-    swiglu_linear: Callable
-    attention: Callable
-    dispatch: Callable
-    experts: Callable
-    combine: Callable
+    attention_linear: Callable
+    mlp: Callable
+    moe: Callable
     loss: Callable
 
 
@@ -67,20 +68,37 @@ def norm_linear(
     return tuple(linear(site, normed, w) for site, w in zip(sites, weights, strict=True))
 
 
-def swiglu_linear(site: str, gate_up: jax.Array, w: jax.Array) -> jax.Array:
-    return linear(site, swiglu(gate_up), w)
-
-
-def dispatch(x_TD: jax.Array, topk_TK: jax.Array, n_experts: int, *, row_block: int):
-    plan, sizes_E = checkpoint_name(make_plan(topk_TK, n_experts, row_block), "moe.plan")
-    return checkpoint_name(permute(x_TD, plan), "experts.rows"), sizes_E, plan
-
-
-def experts(
-    rows_JD: jax.Array, sizes_E: jax.Array, weights: ExpertWeights, *, row_block: int, grouped_dot: Callable,
+def attention_linear(
+    site: str, q_nope_BTHN: jax.Array, q_rope_BTHR: jax.Array, k_nope_BTHN: jax.Array, k_rope_BTR: jax.Array,
+    v_BTHU: jax.Array, w: jax.Array, *, scale: float, segment_ids_BT: jax.Array | None, attention: Callable,
 ) -> jax.Array:
-    gate_up_JF = checkpoint_name(grouped_dot(rows_JD, sizes_E, weights.gate_up_EDF, row_block), "experts.gate_up")
-    return checkpoint_name(grouped_dot(swiglu(gate_up_JF), sizes_E, weights.down_EFD, row_block), "experts.down")
+    with jax.named_scope("attention"):
+        o_BTHU = attention(q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU,
+                           scale=scale, segment_ids_BT=segment_ids_BT)
+    o_BTHU = checkpoint_name(o_BTHU, "attn.core")
+    return linear(site, o_BTHU.reshape(*o_BTHU.shape[:2], -1), w)
+
+
+def mlp(sites: tuple[str, str], x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    hidden = checkpoint_name(dot(x, gate_up), f"{sites[1]}.input")
+    return linear(sites[1], swiglu(hidden), down)
+
+
+def moe(
+    h_TD: jax.Array, topk_TK: jax.Array, weights_TK: jax.Array, weights: ExpertWeights, *, row_block: int,
+    grouped_dot: Callable, keep_rows: bool,
+) -> jax.Array:
+    """`row_block` rows belong to one expert. Without `keep_rows` they are gathered again in the backward pass."""
+    with jax.named_scope("dispatch"):
+        plan, sizes_E = checkpoint_name(make_plan(topk_TK, len(weights.gate_up_EDF), row_block), "moe.plan")
+        rows_JD = permute(h_TD, plan)
+        rows_JD = checkpoint_name(rows_JD, "experts.rows") if keep_rows else rows_JD
+    with jax.named_scope("experts"):
+        gate_up_JF = grouped_dot(rows_JD, sizes_E, weights.gate_up_EDF, row_block)
+        gate_up_JF = checkpoint_name(gate_up_JF, "experts.down.input")
+        rows_JD = checkpoint_name(grouped_dot(swiglu(gate_up_JF), sizes_E, weights.down_EFD, row_block), "experts.down")
+    with jax.named_scope("combine"):
+        return unpermute(rows_JD, plan, weights_TK)
 
 
 def reference_ops(*, row_block: int = 64, loss_chunk: int = 1024) -> Ops:
@@ -88,10 +106,8 @@ def reference_ops(*, row_block: int = 64, loss_chunk: int = 1024) -> Ops:
     return Ops(
         linear=linear,
         norm_linear=norm_linear,
-        swiglu_linear=swiglu_linear,
-        attention=causal_attention,
-        dispatch=partial(dispatch, row_block=row_block),
-        experts=partial(experts, row_block=row_block, grouped_dot=grouped_dot),
-        combine=unpermute,
+        attention_linear=partial(attention_linear, attention=causal_attention),
+        mlp=mlp,
+        moe=partial(moe, row_block=row_block, grouped_dot=grouped_dot, keep_rows=True),
         loss=partial(cross_entropy, chunk=loss_chunk),
     )

@@ -6,10 +6,12 @@ from functools import partial
 import jax
 from absl import logging
 
-from dsv3.config import UserError, require
+from dsv3.config import QuantConfig, UserError, require
 from dsv3.kernels import attention_cudnn, grouped_dot_hopper
-from dsv3.kernels.attention import causal_attention
+from dsv3.kernels.attention import ATTENTION, Attention, Heads, attend
+from dsv3.kernels.fp8_kernels import REFERENCE, Kernels
 from dsv3.kernels.grouped_dot import grouped_dot
+from dsv3.model.fp8_ops import fp8_ops
 from dsv3.model.hopper_ops import hopper_ops
 from dsv3.model.ops import Ops, reference_ops
 
@@ -29,15 +31,26 @@ def _raise(reason: str) -> None:
     raise UserError(f"no Hopper kernel for {reason}; change the sizes, or use kernels=auto for the slow reference")
 
 
-def with_fallbacks(refuse: Callable[[str], None]) -> Ops:
-    """The Hopper bundle whose operations call `refuse(reason)` on shapes they cannot run, then take the reference."""
-    def attention(q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU, **settings):
-        q_width = q_nope_BTHN.shape[-1] + q_rope_BTHR.shape[-1]
-        reason = attention_cudnn.refusal(q_width, v_BTHU.shape[-1], v_BTHU.dtype)
+def chosen_attention(refuse: Callable[[str], None]) -> Attention:
+    """cuDNN's, or the reference for heads that it refuses."""
+    def choose(heads: Heads) -> Attention:
+        q_width = heads.q_nope_BTHN.shape[-1] + heads.q_rope_BTHR.shape[-1]
+        reason = attention_cudnn.refusal(q_width, heads.v_BTHU.shape[-1], heads.v_BTHU.dtype)
         if reason:
             refuse(reason)
-        run = causal_attention if reason else attention_cudnn.causal_attention_cudnn
-        return run(q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU, **settings)
+        return ATTENTION if reason else attention_cudnn.CUDNN
+
+    return Attention(
+        lambda heads, *rest: choose(heads).forward(heads, *rest),
+        lambda heads, *rest: choose(heads).backward(heads, *rest))
+
+
+def with_fallbacks(refuse: Callable[[str], None]) -> Ops:
+    """The Hopper bundle whose operations call `refuse(reason)` on shapes they cannot run, then take the reference."""
+    either = chosen_attention(refuse)
+
+    def attention(*heads, scale, segment_ids_BT):
+        return attend(either, Heads(*heads), scale, segment_ids_BT)
 
     def product(rows_JD, sizes_E, w_EDF, block):
         reason = grouped_dot_hopper.refusal(*w_EDF.shape[1:], rows_JD.dtype, block)
@@ -49,23 +62,48 @@ def with_fallbacks(refuse: Callable[[str], None]) -> Ops:
     return hopper_ops(attention=attention, grouped_dot=product)
 
 
-def _auto() -> Ops:
+def with_recipe(recipe: QuantConfig | None, base: Ops, kernels: Callable[[], Kernels]) -> Ops:
+    """`base`, or `recipe` carried out by `kernels()` with `base` for what it leaves alone."""
+    return base if recipe is None else fp8_ops(recipe, kernels(), base)
+
+
+def hopper_kernels(refuse: Callable[[str], None]) -> Kernels:
+    """Attention is cuDNN's; there are no 8-bit products for Hopper yet."""
+    refuse("products in 8 bits")
+    return REFERENCE._replace(attention=chosen_attention(refuse))
+
+
+def _on_hopper(recipe: QuantConfig | None, refuse: Callable[[str], None]) -> Ops:
+    return with_recipe(recipe, with_fallbacks(refuse), partial(hopper_kernels, refuse))
+
+
+def text_ops(recipe: QuantConfig | None) -> Ops:
+    """For decoding, in plain jnp: a step has few tokens, so experts' rows come in small blocks."""
+    return _reference(recipe, row_block=8)
+
+
+def _reference(recipe: QuantConfig | None, **settings) -> Ops:
+    return with_recipe(recipe, reference_ops(**settings), lambda: REFERENCE)
+
+
+def _auto(recipe: QuantConfig | None) -> Ops:
     """Warns once per reason and bundle; the bundle is built once a program."""
-    return with_fallbacks(partial(_warn, set())) if is_hopper(jax.devices()[0]) else reference_ops()
+    return _on_hopper(recipe, partial(_warn, set())) if is_hopper(jax.devices()[0]) else _reference(recipe)
 
 
-def _require() -> Ops:
+def _require(recipe: QuantConfig | None) -> Ops:
     device = jax.devices()[0]
     require(is_hopper(device), f"kernels=require needs a Hopper GPU (compute capability 9.0); the default device is "
             f"{device.device_kind}; use kernels=auto or kernels=reference")
-    return with_fallbacks(_raise)
+    return _on_hopper(recipe, _raise)
 
 
-def make_ops(kernels: str) -> Ops:
+def make_ops(kernels: str, recipe: QuantConfig | None) -> Ops:
     """The operations of one device: `auto` picks by device and shape, `reference` is plain jnp.
 
-    `require` raises UserError where no fast kernel applies. Build the bundle once and close over it.
+    `recipe` None: every product in the model's dtype. `require` raises UserError where no fast kernel applies. Build
+    the bundle once and close over it.
     """
-    makers = {"auto": _auto, "reference": reference_ops, "require": _require}
+    makers = {"auto": _auto, "reference": _reference, "require": _require}
     require(kernels in makers, f"kernels is {kernels!r}; expected one of {', '.join(makers)}")
-    return makers[kernels]()
+    return makers[kernels](recipe)

@@ -59,10 +59,11 @@ def round_to(x: jax.Array, fmt: Format) -> jax.Array:
     """float32 array of the values of `fmt` nearest to float32 `x`."""
     x = x.astype(jnp.float32)
     inside = jnp.clip(x, -fmt.largest, fmt.largest)
-    exponent = jnp.maximum(jnp.frexp(inside)[1] - 1, fmt.smallest_exponent)
+    exponent = (jax.lax.bitcast_convert_type(inside, jnp.int32) >> 23 & 0xFF) - 127
+    step = jnp.maximum(exponent, fmt.smallest_exponent) - fmt.mantissa_bits
     # Both factors are powers of two within float32's normal range, so only the rounding in between rounds.
-    rounded = jnp.ldexp(jnp.round(jnp.ldexp(inside, fmt.mantissa_bits - exponent)), exponent - fmt.mantissa_bits)
-    rounded = jnp.copysign(rounded, x)
+    power = lambda exponent: jax.lax.bitcast_convert_type(exponent + 127 << 23, jnp.float32)
+    rounded = jnp.copysign(jnp.round(inside * power(-step)) * power(step), x)
     return jnp.where(jnp.isfinite(x), rounded, x if fmt.infinities else jnp.nan)
 
 

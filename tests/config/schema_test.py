@@ -32,7 +32,7 @@ TRAIN = train_config(
     steps=10, seq_len=16, batch_size=RAMP, learning_rate=RAMP, eval_every=5, checkpoint_every=5,
     optimizer=dict(moment_dtype="bfloat16"), balance_alpha=1e-4)
 CONFIG = Config(model=model_config(attention=dict(yarn=YARN)), data=DATA, train=TRAIN,
-                mesh=MeshConfig(data=1), kernels="reference")
+                mesh=MeshConfig(data=1), kernels="reference", quant="bf16")
 
 
 def message(raiser, *arguments, **keywords):

@@ -142,7 +142,7 @@ def test_sites_reach_the_bundle_by_name():
 
     ops = dataclasses.replace(
         reference, **{name: recording(getattr(reference, name)) for name in
-                      ("linear", "norm_linear", "swiglu_linear")})
+                      ("linear", "norm_linear", "attention_linear", "mlp")})
     jax.eval_shape(Transformer(FAMILY["v3"], ops).init, jax.random.key(0), random_batch(FAMILY["v3"]))
     assert set(seen) == {
         "attn.q_a", "attn.q_b", "attn.kv_a", "attn.kv_b", "attn.o", "mlp.gate_up", "mlp.down",

@@ -10,6 +10,7 @@ import pytest
 from tiny_models import model_config, random_batch, random_variables
 
 from dsv3.config import UserError
+from dsv3.kernels.attention import causal_attention
 from dsv3.model.ops import ExpertWeights, reference_ops
 from dsv3.model.transformer import Transformer
 from dsv3.parallel import ops
@@ -23,13 +24,14 @@ def on_h100(monkeypatch):
 
 def test_an_unknown_name_is_a_users_mistake():
     with pytest.raises(UserError, match="'fast'; expected one of auto, reference, require"):
-        ops.make_ops("fast")
+        ops.make_ops("fast", None)
 
 
 def test_a_cpu_gets_the_reference_and_cannot_be_required_to_do_more():
-    assert ops.make_ops("auto").attention is ops.make_ops("reference").attention is ops.causal_attention
+    for name in ("auto", "reference"):
+        assert ops.make_ops(name, None).attention_linear.keywords == {"attention": causal_attention}
     with pytest.raises(UserError, match="kernels=require needs a Hopper GPU .* cpu; use"):
-        ops.make_ops("require")
+        ops.make_ops("require", None)
 
 
 @pytest.mark.parametrize("changes, hopper", [
@@ -44,7 +46,7 @@ def test_refused_shapes_take_the_reference_and_warn_once_each(monkeypatch):
     on_h100(monkeypatch)
     warnings = []
     monkeypatch.setattr(ops.logging, "warning", lambda message, *values: warnings.append(message % values))
-    bundle, config = ops.make_ops("auto"), model_config()
+    bundle, config = ops.make_ops("auto", None), model_config()
     monkeypatch.undo()
     monkeypatch.setattr(ops.logging, "warning", lambda message, *values: warnings.append(message % values))
     variables, batch = random_variables(config), random_batch(config)
@@ -56,14 +58,20 @@ def test_refused_shapes_take_the_reference_and_warn_once_each(monkeypatch):
 
 def test_require_refuses_shapes_in_one_line(monkeypatch):
     on_h100(monkeypatch)
-    bundle = ops.make_ops("require")
-    rows_JD = jnp.zeros((256, 192), jnp.bfloat16)
+    bundle = ops.make_ops("require", None)
     monkeypatch.undo()
     with pytest.raises(UserError, match="experts of 192 x 512: both must be multiples of 128"):
-        jax.eval_shape(bundle.experts, rows_JD, jnp.array([1, 2]), ops_weights(192))
+        jax.eval_shape(bundle.moe, *ops_tokens(192), ops_weights(192))
     head = np.zeros((1, 8, 2, 96), np.float32)
     with pytest.raises(UserError, match="attention in float32"):
-        bundle.attention(head, head, head, head[:, :, 0], head, scale=1.0, segment_ids_BT=None)
+        bundle.attention_linear("attn.o", head, head, head, head[:, :, 0], head, np.zeros((192, 64), np.float32),
+                                scale=1.0, segment_ids_BT=None)
+
+
+def ops_tokens(n_in):
+    """Eight tokens, each of which visits both experts."""
+    return (jnp.zeros((8, n_in), jnp.bfloat16), jnp.broadcast_to(jnp.arange(2, dtype=jnp.int32), (8, 2)),
+            jnp.ones((8, 2)))
 
 
 def ops_weights(n_in):
@@ -72,12 +80,12 @@ def ops_weights(n_in):
 
 def test_accepted_shapes_reach_the_kernels(monkeypatch):
     on_h100(monkeypatch)
-    bundle = ops.make_ops("require")
+    bundle = ops.make_ops("require", None)
     monkeypatch.undo()
     heads = [jnp.zeros((1, 8, 2, n), jnp.bfloat16) for n in (128, 64, 128, 64, 128)]
     heads[3] = heads[3][:, :, 0]
-    attend = jax.jit(lambda *a: bundle.attention(*a, scale=1.0, segment_ids_BT=None)).trace(*heads)
+    attend = jax.jit(lambda *a: bundle.attention_linear(
+        "attn.o", *a, jnp.zeros((256, 64)), scale=1.0, segment_ids_BT=None)).trace(*heads)
     assert "__cudnn$fmha" in attend.lower(lowering_platforms=("cuda",)).as_text()
-    rows_JD = jnp.zeros((256, 256), jnp.bfloat16)
-    experts = jax.jit(bundle.experts).trace(rows_JD, jnp.array([1, 2], jnp.int32), ops_weights(256))
+    experts = jax.jit(bundle.moe).trace(*ops_tokens(256), ops_weights(256))
     assert experts.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 2

@@ -38,13 +38,13 @@ def broken_ops(site: str, *, backward: bool) -> Ops:
     ops = reference_ops(row_block=4, loss_chunk=8)
     spoil = bad_gradient if backward else lambda y: y.at[(0,) * y.ndim].set(jnp.nan)
 
-    def linear(name, x, w):
-        return spoil(ops.linear(name, x, w)) if name == site else ops.linear(name, x, w)
+    def at(name, function):
+        return lambda *args, **kwargs: spoil(function(*args, **kwargs)) if name(args) == site else function(
+            *args, **kwargs)
 
-    def experts(rows, sizes, weights):
-        return spoil(ops.experts(rows, sizes, weights)) if site == "experts" else ops.experts(rows, sizes, weights)
-
-    return dataclasses.replace(ops, linear=linear, experts=experts)
+    named, experts = lambda args: args[0], lambda args: "experts"
+    return dataclasses.replace(ops, linear=at(named, ops.linear), moe=at(experts, ops.moe),
+                               attention_linear=at(named, ops.attention_linear))
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["loss", "gradient"])
@@ -73,7 +73,7 @@ def test_a_bad_step_changes_nothing_but_its_count(backward):
     ("experts", False, "the output of moe_layers[0].moe"),
     ("mtp.eh_proj", False, "the output of mtp_0"),
     ("attn.o", True, "the gradient of mtp_0.block/attn"),
-    ("experts", True, "the gradient of mtp_0.block/moe/experts_down"),
+    ("experts", True, "the gradient of mtp_0.block/moe"),
 ])
 def test_the_first_bad_module_is_named(site, backward, place):
     variables = random_variables(CONFIG)
@@ -118,11 +118,11 @@ def test_layers_and_micro_batches_share_their_programs():
     """The model is traced as often for four layers as for one, and not again for the next micro-batch."""
     ops, calls = reference_ops(row_block=4, loss_chunk=8), []
 
-    def experts(*arguments):
+    def moe(*arguments):
         calls.append(1)
-        return ops.experts(*arguments)
+        return ops.moe(*arguments)
 
-    counted = dataclasses.replace(ops, experts=experts)
+    counted = dataclasses.replace(ops, moe=moe)
     one, four = (Transformer(dataclasses.replace(ONE_LAYER, n_layers=n), counted) for n in (1, 4))
     variables = random_variables(four.config)
     for program in (diagnosis._outputs, diagnosis._gradients):

@@ -1,0 +1,188 @@
+"""The bundle of operations of a recipe: every Linear in 8 bits, as the report trains (section 3.3).
+
+What waits for the backward pass is quantised: the input of a product as its rule's `kept` (packed where 12 bits wide),
+the input of SwiGLU as `swiglu_kept`, weights as dgrad reads them. Nothing waits that can be made again at the price
+of one read: the output of RMSNorm and of SwiGLU, and experts' rows, which are gathered from quantised tokens.
+"""
+
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3.config import QuantConfig
+from dsv3.kernels.attention import Heads
+from dsv3.kernels.fp8_kernels import REFERENCE, Kernels
+from dsv3.kernels.norm import rms_norm
+from dsv3.kernels.quantized_dot import (
+    Linear,
+    input_gradient,
+    quantize_input,
+    quantize_weights,
+    quantized_dot,
+    wgrad_input,
+)
+from dsv3.kernels.scaled import Blocks, Tiles, decode_tiles, unpack_tiles, whole
+from dsv3.kernels.swiglu import swiglu
+from dsv3.model import fp8_feed_forward
+from dsv3.model.ops import ExpertWeights, Ops, reference_ops
+
+
+class Recipe(NamedTuple):
+    """A recipe, the functions that carry it out, and the bundle for places that it leaves alone."""
+
+    quant: QuantConfig
+    kernels: Kernels
+    base: Ops
+
+    def linear_at(self, site: str) -> Linear | None:
+        rule = self.quant.rule_of(site)
+        return rule and Linear(site, rule, self.kernels)
+
+
+def fp8_ops(quant: QuantConfig, kernels: Kernels = REFERENCE, base: Ops | None = None) -> Ops:
+    """`quant` carried out by `kernels`. Sites without a rule, and the loss, are those of `base` (reference)."""
+    recipe = Recipe(quant, kernels, base or reference_ops())
+    functions = {"linear": linear, "norm_linear": norm_linear, "attention_linear": attention_linear, "mlp": mlp,
+                 "moe": moe}
+    return Ops(loss=recipe.base.loss, **{name: partial(function, recipe) for name, function in functions.items()})
+
+
+def linear(recipe: Recipe, site: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    rule = recipe.quant.rule_of(site)
+    if rule is None:
+        return recipe.base.linear(site, x, w)
+    return checkpoint_name(quantized_dot(x, w, rule, kernels=recipe.kernels, site=site), site)
+
+
+def norm_linear(
+    recipe: Recipe, sites: tuple[str, ...], x: jax.Array, gain: jax.Array, weights: tuple[jax.Array, ...], eps: float,
+) -> tuple[jax.Array, ...]:
+    """Neighbouring sites of one rule share a quantised input and are one product."""
+    outputs, x_MK = [], x.reshape(-1, x.shape[-1])
+    for rule, group in groupby(zip(sites, weights, strict=True), key=lambda pair: recipe.quant.rule_of(pair[0])):
+        names, matrices = zip(*group, strict=True)
+        if rule is None:
+            outputs += recipe.base.norm_linear(names, x, gain, matrices, eps)
+            continue
+        products = _norm_dot(x_MK, gain, matrices, eps, Linear(names[0], rule, recipe.kernels))
+        outputs += [checkpoint_name(y_MN.reshape(*x.shape[:-1], -1), name)
+                    for name, y_MN in zip(names, products, strict=True)]
+    return tuple(outputs)
+
+
+def _side_by_side(weights: list[Blocks], axis: int) -> Blocks:
+    """Matrices beside each other along their rows (-2) or along the inner dimension (-1); each in whole blocks."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=axis), *weights)
+
+
+def _parts(array: jax.Array, widths: list[int]) -> list[jax.Array]:
+    """The columns of each of several matrices that stand side by side in whole tiles."""
+    starts = [sum(map(whole, widths[:index])) for index in range(len(widths))]
+    return [array[:, start:start + width] for start, width in zip(starts, widths, strict=True)]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _norm_dot(x_MK, gain_K, weights, eps, place):
+    """RMSNorm(x) times each of `weights`; of the normed input nothing waits: the backward pass makes it from x again."""
+    return _norm_dot_forward(x_MK, gain_K, weights, eps, place)[0]
+
+
+def _norm_dot_forward(x_MK, gain_K, weights, eps, place):
+    rows, _ = place.kernels.norm_quantize(x_MK, gain_K, eps, place.rule.fprop_x, None)
+    forward_w, dgrad_w = zip(*(quantize_weights(w, place) for w in weights), strict=True)
+    y_MN = place.products.dot(rows, _side_by_side(forward_w, -2), x_MK.dtype)[:len(x_MK)]
+    return tuple(_parts(y_MN, [w.shape[1] for w in weights])), (x_MK, gain_K, _side_by_side(dgrad_w, -1))
+
+
+def _norm_dot_backward(eps, place, residuals, d_outputs):
+    x_MK, gain_K, dgrad_w = residuals
+    (m, k), rule, kernels = x_MK.shape, place.rule, place.kernels
+    normed_MK, norm_vjp = jax.vjp(lambda x, gain: rms_norm(x, gain, eps), x_MK, gain_K)
+    d_rows, d_columns = zip(*(kernels.quantize_both(d_y, rule.dgrad_dy, rule.wgrad_dy) for d_y in d_outputs),
+                            strict=True)
+    d_rows = Tiles(*(jnp.concatenate(parts, axis=axis) for parts, axis in zip(zip(*d_rows), (1, 0), strict=True)))
+    d_columns = Tiles(*(jnp.concatenate(parts, axis=axis) for parts, axis in zip(zip(*d_columns), (0, 1), strict=True)))
+    d_normed_MK = place.products.dot(d_rows, dgrad_w, x_MK.dtype)[:m, :k]
+    if rule.kept is None:
+        columns = kernels.quantize_columns(normed_MK, rule.wgrad_x)
+    else:
+        rows, _ = kernels.norm_quantize(x_MK, gain_K, eps, rule.kept, None)
+        columns = kernels.requantize_columns(rows, rule.wgrad_x)
+    d_weights = _parts(place.products.weight_gradient(columns, d_columns)[:k], [d_y.shape[1] for d_y in d_outputs])
+    return *norm_vjp(d_normed_MK), tuple(d_weights)
+
+
+_norm_dot.defvjp(_norm_dot_forward, _norm_dot_backward)
+
+
+def attention_linear(
+    recipe: Recipe, site: str, q_nope_BTHN: jax.Array, q_rope_BTHR: jax.Array, k_nope_BTHN: jax.Array,
+    k_rope_BTR: jax.Array, v_BTHU: jax.Array, w: jax.Array, *, scale: float, segment_ids_BT: jax.Array | None,
+) -> jax.Array:
+    """The output of attention waits once, quantised, for its own backward pass and for the product's."""
+    place, heads = recipe.linear_at(site), Heads(q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU)
+    if place is None:
+        return recipe.base.attention_linear(site, *heads, w, scale=scale, segment_ids_BT=segment_ids_BT)
+    return checkpoint_name(_attention_dot(heads, w, segment_ids_BT, scale, place), site)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attention_dot(heads, w, segment_ids_BT, scale, place):
+    return _attention_dot_forward(heads, w, segment_ids_BT, scale, place)[0]
+
+
+def _attention_dot_forward(heads, w, segment_ids_BT, scale, place):
+    with jax.named_scope("attention"):
+        o_BTHU, kept = place.kernels.attention.forward(heads, scale, segment_ids_BT)
+    o_MK = o_BTHU.reshape(-1, w.shape[0])
+    rows, waiting = quantize_input(o_MK, place)
+    # Without a format to keep, attention's own backward pass needs the output itself.
+    waiting = (waiting, None if place.rule.kept else checkpoint_name(o_MK, "attn.core"))
+    forward_w, dgrad_w = quantize_weights(w, place)
+    y_MN = place.products.dot(rows, forward_w, o_MK.dtype)[:len(o_MK), :w.shape[1]]
+    residuals = heads, segment_ids_BT, waiting, checkpoint_name(kept, "attn.core"), dgrad_w
+    return y_MN.reshape(*o_BTHU.shape[:2], -1), residuals
+
+
+def _attention_dot_backward(scale, place, residuals, d_y_BTD):
+    heads, segment_ids_BT, (waiting, o_MK), kept, dgrad_w = residuals
+    d_y_MN = d_y_BTD.reshape(-1, d_y_BTD.shape[-1])
+    shape, n_in = heads.v_BTHU.shape, heads.v_BTHU.shape[2] * heads.v_BTHU.shape[3]
+    if o_MK is None:
+        o_MK = decode_tiles(unpack_tiles(waiting, place.rule.kept))[:len(d_y_MN), :n_in].astype(heads.v_BTHU.dtype)
+    d_o_MK, d_y_columns = input_gradient(d_y_MN, dgrad_w, place)
+    d_w = place.products.weight_gradient(wgrad_input(waiting, place), d_y_columns)[:n_in, :d_y_MN.shape[1]]
+    with jax.named_scope("attention"):
+        d_heads = place.kernels.attention.backward(
+            heads, scale, segment_ids_BT, o_MK.reshape(shape), kept, d_o_MK[:, :n_in].reshape(shape))
+    return d_heads, d_w, None
+
+
+_attention_dot.defvjp(_attention_dot_forward, _attention_dot_backward)
+
+
+def mlp(recipe: Recipe, sites: tuple[str, str], x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    """In 8 bits as a whole where both sites have a rule; else each product by itself, with SwiGLU in between."""
+    up_place, down_place = map(recipe.linear_at, sites)
+    if up_place is None and down_place is None:
+        return recipe.base.mlp(sites, x, gate_up, down)
+    if up_place is None or down_place is None:
+        hidden = checkpoint_name(linear(recipe, sites[0], x, gate_up), f"{sites[1]}.input")
+        return linear(recipe, sites[1], swiglu(hidden), down)
+    network = fp8_feed_forward.FeedForward(up_place, down_place, recipe.quant.swiglu_kept)
+    y_MD = fp8_feed_forward.mlp(x.reshape(-1, x.shape[-1]), gate_up, down, network)
+    return checkpoint_name(y_MD.reshape(*x.shape[:-1], -1), sites[1])
+
+
+def moe(
+    recipe: Recipe, h_TD: jax.Array, topk_TK: jax.Array, weights_TK: jax.Array, weights: ExpertWeights,
+) -> jax.Array:
+    up_place, down_place = map(recipe.linear_at, ("experts.gate_up", "experts.down"))
+    if up_place is None:
+        return recipe.base.moe(h_TD, topk_TK, weights_TK, weights)
+    network = fp8_feed_forward.FeedForward(up_place, down_place, recipe.quant.swiglu_kept)
+    return fp8_feed_forward.moe(h_TD, topk_TK, weights_TK, weights, network)

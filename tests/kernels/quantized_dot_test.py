@@ -1,0 +1,154 @@
+"""The Linear of a recipe against three products in float64 NumPy of the operands that its rule names."""
+
+from dataclasses import replace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import distance
+
+from dsv3.config import UserError, resolve
+from dsv3.kernels.grouped_dot import block_experts, block_starts, padded_rows
+from dsv3.kernels.quantized_dot import fp8_dot_general, fp8_grouped_dot, quantized_dot
+from dsv3.quant import tiles
+from dsv3.quant.formats import format_of
+
+RULE = resolve("fp8").default
+RULES = {
+    "fp8": RULE,
+    "e5m6 kept": resolve("fp8").rule_of("attn.o"),
+    "direct": resolve("fp8_direct").default,
+    "e5m2 gradients": resolve("fp8_e5m2_gradients").default,
+    "block gradients": resolve("fp8_block_gradients").default,
+    "per tensor": resolve("fp8_per_tensor").default,
+    "other weights backward": replace(RULE, dgrad_w=replace(RULE.dgrad_w, power_of_two=True)),
+}
+M, K, N = 70, 200, 136
+LAYOUT = {"inner": tiles.ALONG_ROWS, "block": tiles.BLOCK, "tensor": tiles.TENSOR}
+
+
+def seen(x, operand):
+    """`x` as an operand shows it, in float64; tiles along the last axis."""
+    fmt, tile = format_of(operand.format), LAYOUT[operand.tile]
+    quantized = tiles.quantize(jnp.asarray(x, jnp.float32), fmt, tile, power_of_two=operand.power_of_two)
+    return np.asarray(tiles.dequantize(quantized, fmt, tile, x.shape[-1]), np.float64)
+
+
+def three_products(x, w, d_y, rule):
+    """y, dx, dw of the quantised operands."""
+    kept = x if rule.kept is None else seen(x, rule.kept)
+    y = seen(x, rule.fprop_x) @ seen(w, rule.fprop_w)
+    d_x = seen(d_y, rule.dgrad_dy) @ seen(w, rule.dgrad_w).T
+    d_w = seen(kept.T, rule.wgrad_x) @ seen(d_y.T, rule.wgrad_dy).T
+    return y, d_x, d_w
+
+
+def problem(seed=0):
+    rng = np.random.default_rng(seed)
+    outliers = 2.0 ** rng.integers(-4, 5, (M, 1))
+    return (rng.standard_normal((M, K)) * outliers, rng.standard_normal((K, N)),
+            rng.standard_normal((M, N)) * outliers[::-1])
+
+
+def run(function, x, w, d_y):
+    y, vjp = jax.vjp(function, x, w)
+    return y, *vjp(d_y.astype(y.dtype))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_three_products(rule):
+    x, w, d_y = (jnp.asarray(array, jnp.float32) for array in problem())
+    got = run(lambda x, w: quantized_dot(x, w, rule), x, w, d_y)
+    wanted = three_products(*map(np.asarray, (x, w, d_y)), rule)
+    for actual, expected in zip(got, wanted, strict=True):
+        assert actual.dtype == jnp.float32 and distance(actual, expected) < 1e-6
+
+
+def test_rules_differ_where_they_say_and_nowhere_else():
+    """Of y, dx and dw, a change of the rule moves those that read the changed operand."""
+    x, w, d_y = (jnp.asarray(array, jnp.float32) for array in problem())
+    results = {name: run(lambda x, w, rule=rule: quantized_dot(x, w, rule), x, w, d_y) for name, rule in RULES.items()}
+    moved = {name: [bool(distance(a, b) > 1e-6) for a, b in zip(result, results["fp8"], strict=True)]
+             for name, result in results.items()}
+    assert moved == {
+        "fp8": [False] * 3, "e5m6 kept": [False, False, True], "direct": [False, False, True],
+        "e5m2 gradients": [False, True, True], "block gradients": [False, True, False], "per tensor": [True] * 3,
+        "other weights backward": [False, True, False]}
+
+
+def test_dtypes_of_training():
+    """bfloat16 in and out, float32 for the master weights; leading axes are tokens."""
+    x, w, d_y = problem()
+    x, d_y = jnp.asarray(x, jnp.bfloat16).reshape(2, 35, K), jnp.asarray(d_y, jnp.bfloat16).reshape(2, 35, N)
+    y, d_x, d_w = run(lambda x, w: quantized_dot(x, w, RULE), x, jnp.asarray(w, jnp.float32), d_y)
+    assert (y.dtype, d_x.dtype, d_w.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    assert (y.shape, d_x.shape, d_w.shape) == ((2, 35, N), (2, 35, K), (K, N))
+    flat = [np.asarray(array, np.float32).reshape(M, -1) for array in (x, d_y)]
+    wanted = three_products(flat[0], w.astype(np.float32), flat[1], RULE)
+    for actual, expected, bound in zip((y, d_x, d_w), wanted, (4e-3, 4e-3, 1e-6), strict=True):
+        assert distance(np.asarray(actual, np.float32).reshape(expected.shape), expected) < bound
+
+
+def test_what_waits_is_quantised():
+    """The residuals of a Linear: one byte an element of x, or 1.5, and one of w, with their scales."""
+    x, w = jnp.zeros((256, 512), jnp.bfloat16), jnp.zeros((512, 384))
+    for name, bytes_of_x in {"fp8": 1, "e5m6 kept": 1.5, "direct": 1}.items():
+        _, vjp = jax.vjp(lambda x, w, rule=RULES[name]: quantized_dot(x, w, rule), x, w)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
+        scales = 4 * (256 * 512 // 128 + 3 * 4)
+        assert held == 256 * 512 * bytes_of_x + 512 * 384 + scales, name
+
+
+def test_experts():
+    """Each expert's rows against its own three products; experts without rows get no gradient."""
+    sizes = np.array([130, 0, 5, 3])
+    n_rows, sizes_E = padded_rows(int(sizes.sum()), len(sizes), 128), jnp.asarray(sizes, jnp.int32)
+    starts, expert_Z = np.asarray(block_starts(sizes_E, 128)), np.asarray(block_experts(sizes_E, n_rows // 128, 128))
+    rng = np.random.default_rng(0)
+    w, rows, d_y = (rng.standard_normal(s).astype(np.float32) for s in ((4, K, N), (n_rows, K), (n_rows, N)))
+    real = np.concatenate([np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)])
+    padding = np.setdiff1d(np.arange(n_rows), real)
+    rows[padding], d_y[padding] = 0, 0
+    for rule in (RULES["fp8"], RULES["direct"]):
+        y, d_rows, d_w = run(lambda rows, w, rule=rule: fp8_grouped_dot(rows, sizes_E, w, rule),
+                             *map(jnp.asarray, (rows, w, d_y)))
+        for expert, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            mine = slice(start, start + 128 * -(-size // 128))
+            if size == 0:
+                assert (np.asarray(d_w[expert]) == 0).all() and expert not in expert_Z[:3]
+                continue
+            wanted = three_products(rows[mine], w[expert], d_y[mine], rule)
+            for actual, expected in zip((y[mine], d_rows[mine], d_w[expert]), wanted, strict=True):
+                assert distance(actual, expected) < 1e-6
+        assert (np.asarray(y)[padding] == 0).all()
+    with pytest.raises(UserError, match="130 rows are not whole blocks of 128"):
+        fp8_grouped_dot(jnp.zeros((130, K)), sizes_E, jnp.zeros((4, K, N)), RULE)
+
+
+def test_as_flax_takes_it():
+    dense = nn.Dense(N, use_bias=False, dot_general=fp8_dot_general(RULE))
+    x, w, d_y = (jnp.asarray(array, jnp.float32) for array in problem())
+    apply = lambda x, w: dense.apply({"params": {"kernel": w}}, x)
+    for got, wanted in zip(run(apply, x, w, d_y), run(lambda x, w: quantized_dot(x, w, RULE), x, w, d_y), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    attention = nn.DenseGeneral((2, 3), axis=(-2, -1), dot_general=fp8_dot_general(RULE))
+    with pytest.raises(UserError, match="products of the last axis of x with the first of a matrix only"):
+        attention.init(jax.random.key(0), jnp.zeros((4, 5, 6)))
+    with pytest.raises(UserError, match="batches"):
+        fp8_dot_general(RULE)(x[None], w[None], (((2,), (1,)), ((0,), (0,))))
+
+
+@pytest.mark.parametrize("place", ["x", "w", "d_y"])
+def test_bad_numbers_come_out_bad(place):
+    arrays = dict(zip(("x", "w", "d_y"), problem(), strict=True))
+    arrays[place][3, 7] = np.nan
+    y, d_x, d_w = run(lambda x, w: quantized_dot(x, w, RULE), *(jnp.asarray(a, jnp.float32) for a in arrays.values()))
+    bad = {"y": np.isnan(y), "d_x": np.isnan(d_x), "d_w": np.isnan(d_w)}
+    expected = {"x": {"y": [3], "d_w": []}, "w": {"y": None, "d_x": None}, "d_y": {"d_x": [3]}}[place]
+    for name, rows in expected.items():
+        assert bad[name].any()
+        if rows:
+            assert bad[name][rows].all() and not np.delete(bad[name], rows, axis=0).any()
+    assert place == "w" or bad["d_w"].any()
