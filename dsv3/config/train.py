@@ -46,7 +46,11 @@ def _check_schedule(name: str, schedule: tuple[Phase, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Node):
-    """AdamW. Both moments are stored in `moment_dtype` (report section 3.3.3: bfloat16)."""
+    """AdamW. Both moments are stored in `moment_dtype` (report section 3.3.3: bfloat16).
+
+    `stochastic_rounding` rounds them up or down at random so that their means are right (`quant/stochastic.py`), which
+    matters for bfloat16 and b2 above 0.99; otherwise to nearest.
+    """
 
     b1: float
     b2: float
@@ -55,6 +59,7 @@ class OptimizerConfig(Node):
     decay_norms: bool
     clip_norm: float
     moment_dtype: Literal["bfloat16", "float32"]
+    stochastic_rounding: bool
 
     def validate(self) -> None:
         for name in ("b1", "b2"):
@@ -62,6 +67,9 @@ class OptimizerConfig(Node):
         for name in ("eps", "clip_norm"):
             require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}; expected a positive value")
         require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; expected 0 or more")
+        require(not self.stochastic_rounding or self.moment_dtype == "bfloat16",
+                f"optimizer.stochastic_rounding rounds nothing in {self.moment_dtype} moments; "
+                "use moment_dtype=bfloat16 or stochastic_rounding=False")
 
 
 @dataclass(frozen=True, kw_only=True)
