@@ -109,7 +109,10 @@ class GuardConfig(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Node):
-    """The run. `batch_size` counts sequences and is rounded down to whole multiples of `batch_increment`."""
+    """The run. `batch_size` counts sequences and is rounded down to whole multiples of `batch_increment`.
+
+    Every `numerics_every` steps (None: never) the operands of all products are measured (`train/numerics.py`).
+    """
 
     steps: int
     seq_len: int
@@ -127,6 +130,7 @@ class TrainConfig(Node):
     eval_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    numerics_every: int | None
     ema: EMAConfig | None
     guard: GuardConfig
 
@@ -134,6 +138,8 @@ class TrainConfig(Node):
         for name in ("steps", "seq_len", "micro_batch_size", "batch_increment", "log_every", "eval_every",
                      "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; expected a positive number")
+        require(self.numerics_every is None or self.numerics_every > 0,
+                f"train.numerics_every is {self.numerics_every}; expected a positive number of steps, or None")
         require(self.balance_alpha >= 0, f"train.balance_alpha is {self.balance_alpha}; expected 0 or more")
         require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; expected 0 to 2**32 - 1")
         require(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}; expected 0 or more")
