@@ -54,8 +54,9 @@ def put(statistics: chex.ArrayTree, w: jax.Array) -> jax.Array:
 def take(gradient: jax.Array, like: chex.ArrayTree, stacked: int = 0) -> chex.ArrayTree:
     """The inverse of `put`: a tree of the structure and shapes of `like`, each leaf with `stacked` leading axes."""
     leaves, structure = jax.tree.flatten(like)
-    flat, start, found = gradient.reshape(*gradient.shape[:stacked], -1), 0, []
+    layers = gradient.shape[:stacked]
+    flat, start, found = gradient.reshape((*layers, -1)), 0, []
     for leaf in leaves:
-        found.append(flat[..., start:start + leaf.size].reshape(*gradient.shape[:stacked], *leaf.shape))
+        found.append(flat[..., start:start + leaf.size].reshape((*layers, *leaf.shape)))
         start += leaf.size
     return jax.tree.unflatten(structure, found)

@@ -32,7 +32,7 @@ that a recipe speaks of: embedding, head, gate, norms."""
 
 
 def site_of(path: tuple[str, ...]) -> str | None:
-    """The site of a parameter, `("moe_layers", "attn", "q_a")` -> `"attn.q_a"`; None for embedding, head, gate, norms."""
+    """`("moe_layers", "attn", "q_a")` -> `"attn.q_a"`; None for embedding, head, gate and norms."""
     *_, module, name = ("", *path)
     return SITES.get((module.rstrip("0123456789").rstrip("_"), name))
 

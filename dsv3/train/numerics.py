@@ -70,8 +70,9 @@ def numerics(
         keys = tuple(path.split("/"))
         places = [f"{keys[0]}.{layer}" for layer in range(len(mail))] if _is_stacked(keys) else keys[:1]
         for place, numbers in zip(places, mail.reshape(len(places), -1), strict=True):
-            records += [{"layer": place, "site": site_of(keys), "operand": operand} | rates(statistics)
-                        for operand, statistics in take(numbers, LIKE).items() if statistics.elements > 0]
+            operands = take(numbers, LIKE)
+            records += [{"layer": place, "site": site_of(keys), "operand": name} | rates(operands[name])
+                        for name in OPERANDS if operands[name].elements > 0]
     return records
 
 

@@ -44,6 +44,7 @@ TRAIN = train_config()
 CONFIG = model_config(n_layers=3, n_dense_layers=1)
 ONE_LAYER = model_config(n_layers=1, n_dense_layers=0, mtp=dict(depth=0))
 COARSE = Rule()._replace(dgrad_dy=Operand("e5m2", "tensor"))
+observed = jax.jit(observe_product, static_argnums=0)
 REFERENCE = reference_ops(row_block=4, loss_chunk=8)
 
 
@@ -118,6 +119,7 @@ def test_every_site_of_a_model_has_its_parameter_and_no_other_has(name):
     assert all(name.endswith("norm") or name in ("embed", "head", "gate") for name in unwatched)
 
 
+@pytest.mark.slow
 def test_every_layer_site_and_operand_has_one_record(quick):
     found = by_name(records_of(CONFIG))
     attention = {f"attn.{name}" for name in ("q_a", "q_b", "kv_a", "kv_b", "o")}
@@ -159,6 +161,7 @@ def captured(config):
     return heard
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_operands_themselves():
     """Tensors taken out of an unwatched step another way, measured one by one."""
     sites = ("attn.q_a", "attn.kv_b", "attn.o", "shared.down")
@@ -167,7 +170,7 @@ def test_figures_are_those_of_the_operands_themselves():
     assert len(products) == 7 and all(len(calls) == 1 for calls in products.values())
     for site in sites:
         [(x, w, d_y)] = products[site]
-        for operand, statistics in observe_product(COARSE, *map(jnp.asarray, (x, w, d_y))).items():
+        for operand, statistics in observed(COARSE, x, w, d_y).items():
             ours, theirs = found["moe_layers.0", site, operand], rates(statistics)
             assert {name: ours[name] for name in theirs if name not in ("error", "underflow")} == {
                 name: theirs[name] for name in theirs if name not in ("error", "underflow")}, (site, operand)
@@ -175,6 +178,7 @@ def test_figures_are_those_of_the_operands_themselves():
             np.testing.assert_allclose(ours["underflow"], theirs["underflow"], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_recomputation_changes_no_figure(quick):
     """Every operand of a layer that is computed again is the one of the forward pass."""
     one, other = (by_name(records_of(dataclasses.replace(ONE_LAYER, remat=remat))) for remat in ("none", "report"))
@@ -183,6 +187,7 @@ def test_recomputation_changes_no_figure(quick):
         np.testing.assert_allclose(other[name]["error"], one[name]["error"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_devices_and_micro_batches_add_up(quick):
     """Four rows as one micro-batch on one device, or as one row on each of two devices, twice."""
     one = by_name(records_of(ONE_LAYER, rows=4))
