@@ -1,4 +1,4 @@
-"""The report's recipe for one product, as the quantisers read it."""
+"""The report's recipe for the projection after attention, as the quantisers read it."""
 
 from typing import NamedTuple
 
@@ -16,3 +16,4 @@ class Rule(NamedTuple):
     dgrad_w: Operand = Operand(tile="block")
     wgrad_x: Operand = Operand()
     wgrad_dy: Operand = Operand()
+    kept: Operand | None = Operand("e5m6", power_of_two=True)

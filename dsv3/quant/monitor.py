@@ -18,8 +18,9 @@ BINS, LOWEST, WIDTH = 32, -56, 2
 """The histogram of scales: bin i holds log2(scale) in [LOWEST + WIDTH i, LOWEST + WIDTH (i + 1)), the outermost also
 what lies beyond them."""
 
-OPERANDS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_x", "wgrad_dy")
-"""Both operands of the three products of a Linear (report section 3.3.1), as a recipe's rule names them."""
+OPERANDS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_x", "wgrad_dy", "kept")
+"""Both operands of the three products of a Linear (report section 3.3.1), as a recipe's rule names them, and what its
+input waits in for the backward pass."""
 
 
 class Statistics(NamedTuple):
@@ -101,13 +102,16 @@ def tile_of(name: str, inner: int) -> tuple[int, int] | None:
 def observe_product(rule: Any, x: jax.Array, w: jax.Array, d_y: jax.Array) -> dict[str, Statistics]:
     """Statistics of all `OPERANDS` of y = x w and of its gradients, for x [..., D], w [.., D, F] and d_y [..., F].
 
-    `rule` has an operand of every name. Fprop sums over D, Dgrad over F, Wgrad over tokens (all but the last axis of
-    x), so the same array is measured twice, with tiles along each.
+    `rule` has an operand of every name; `kept` may be None, or what `fprop_x` is: then there is nothing to measure.
+    Fprop sums over D, Dgrad over F, Wgrad over tokens (all but the last axis of x), so the same array is measured
+    twice, with tiles along each. Every operand is measured against the array itself, also where it is made from `kept`.
     """
     x_TD, d_y_TF = (array.reshape(-1, array.shape[-1]) for array in (x, d_y))
     arrays = {"fprop_x": (x_TD, -1), "fprop_w": (w, -2), "dgrad_dy": (d_y_TF, -1), "dgrad_w": (w, -1),
               "wgrad_x": (x_TD, -2), "wgrad_dy": (d_y_TF, -2)}
-    return {name: observe(array, getattr(rule, name), inner) for name, (array, inner) in arrays.items()}
+    found = {name: observe(array, getattr(rule, name), inner) for name, (array, inner) in arrays.items()}
+    own = rule.kept is not None and rule.kept != rule.fprop_x
+    return found | {"kept": observe(x_TD, rule.kept) if own else zero_statistics()}
 
 
 def rates(statistics: Statistics) -> dict[str, Any]:

@@ -146,11 +146,15 @@ def test_a_product_measures_every_operand_along_the_axis_it_is_summed_over():
     x, w, d_y = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 64, 128), (128, 256), (4, 64, 256)))
     for array in (x, d_y):
         array[0, 0] *= 1e7
-    found = {name: rates(s) for name, s in jax.jit(observe_product, static_argnums=0)(Rule(), x, w, d_y).items()}
+    products = jax.jit(observe_product, static_argnums=0)
+    found = {name: rates(s) for name, s in products(Rule(), x, w, d_y).items()}
     assert set(found) == set(OPERANDS)
     assert found["fprop_x"]["underflow"] == found["dgrad_dy"]["underflow"] == 0
     assert found["wgrad_x"]["underflow"] > 0.2 and found["wgrad_dy"]["underflow"] > 0.2
     assert found["fprop_w"] == found["dgrad_w"] and sum(found["fprop_w"]["scales"]) == 2
+    assert found["kept"]["error"] < 0.2 * found["fprop_x"]["error"]
+    for kept in (None, Operand()):  # nothing of its own
+        assert products(Rule(kept=kept), x, w, d_y)["kept"].elements == 0
     assert sum(found["fprop_x"]["scales"]) == 256 and sum(found["wgrad_x"]["scales"]) == 2 * 128
 
 

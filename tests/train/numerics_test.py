@@ -79,7 +79,7 @@ def o_records():
 
 def sums_of_squares(rule, x, w, d_y):
     """In place of what `observe_product` measures: quick to compile, and told apart by layer, site and operand."""
-    sums = zip(OPERANDS, (x, w, d_y, w, x, d_y), strict=True)
+    sums = zip(OPERANDS, (x, w, d_y, w, x, d_y, x), strict=True)
     return {name: zero_statistics()._replace(elements=jnp.float32(array.size), square=jnp.sum(array ** 2),
                                              error_square=jnp.sum(array ** 4)) for name, array in sums}
 
@@ -261,7 +261,7 @@ def test_records_are_lines_and_tensorboard_scalars_and_histograms(tmp_path, o_re
 
 def test_the_table_has_a_line_for_every_record(o_records):
     lines = numerics_table(o_records).splitlines()
-    assert len(lines) == 2 + len(o_records) and "| moe_layers.0 | attn.o | wgrad_dy |" in lines[-1]
+    assert len(lines) == 2 + len(o_records) and "| moe_layers.0 | attn.o | kept |" in lines[-1]
     assert {line.count("|") for line in lines} == {9}
 
 
