@@ -62,8 +62,8 @@ def get_config() -> Config:
             balance_alpha=1e-4,
             optimizer=OptimizerConfig(
                 b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, decay_norms=False, clip_norm=1.0,
-                moment_dtype="bfloat16"),
-            seed=0, log_every=20, eval_every=200, checkpoint_every=200, keep_checkpoints=2,
+                moment_dtype="bfloat16", stochastic_rounding=False),
+            seed=0, log_every=20, eval_every=200, checkpoint_every=200, keep_checkpoints=2, numerics_every=None,
             ema=EMAConfig(decay=0.95, every=5),
             guard=GuardConfig(max_bad_steps=5, spike_window=100, spike_deviations=6.0, replica_check_every=100)),
         mesh=MeshConfig(data=1), kernels="auto", quant="bf16")

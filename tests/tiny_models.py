@@ -50,9 +50,9 @@ def train_config(optimizer: dict = {}, guard: dict = {}, **changes) -> TrainConf
         steps=1, seq_len=12, micro_batch_size=2, batch_size=constant(2), batch_increment=2, warmup_steps=0,
         learning_rate=constant(1e-2), bias_update_speed=constant(0.01), mtp_lambda=constant(0.3), balance_alpha=1e-2,
         optimizer=OptimizerConfig(**dict(
-            b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, decay_norms=False, clip_norm=1.0, moment_dtype="float32")
-            | optimizer),
-        seed=0, log_every=1, eval_every=1, checkpoint_every=1, keep_checkpoints=1, ema=None,
+            b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, decay_norms=False, clip_norm=1.0, moment_dtype="float32",
+            stochastic_rounding=False) | optimizer),
+        seed=0, log_every=1, eval_every=1, checkpoint_every=1, keep_checkpoints=1, numerics_every=None, ema=None,
         guard=GuardConfig(**dict(
             max_bad_steps=3, spike_window=10, spike_deviations=6.0, replica_check_every=1) | guard))
     return TrainConfig(**(defaults | changes))

@@ -46,7 +46,11 @@ def _check_schedule(name: str, schedule: tuple[Phase, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Node):
-    """AdamW. Both moments are stored in `moment_dtype` (report section 3.3.3: bfloat16)."""
+    """AdamW. Both moments are stored in `moment_dtype` (report section 3.3.3: bfloat16).
+
+    `stochastic_rounding` rounds them up or down at random so that their means are right (`quant/stochastic.py`), which
+    matters for bfloat16 and b2 above 0.99; otherwise to nearest.
+    """
 
     b1: float
     b2: float
@@ -55,6 +59,7 @@ class OptimizerConfig(Node):
     decay_norms: bool
     clip_norm: float
     moment_dtype: Literal["bfloat16", "float32"]
+    stochastic_rounding: bool
 
     def validate(self) -> None:
         for name in ("b1", "b2"):
@@ -62,6 +67,9 @@ class OptimizerConfig(Node):
         for name in ("eps", "clip_norm"):
             require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}; expected a positive value")
         require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; expected 0 or more")
+        require(not self.stochastic_rounding or self.moment_dtype == "bfloat16",
+                f"optimizer.stochastic_rounding rounds nothing in {self.moment_dtype} moments; "
+                "use moment_dtype=bfloat16 or stochastic_rounding=False")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +109,10 @@ class GuardConfig(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Node):
-    """The run. `batch_size` counts sequences and is rounded down to whole multiples of `batch_increment`."""
+    """The run. `batch_size` counts sequences and is rounded down to whole multiples of `batch_increment`.
+
+    Every `numerics_every` steps (None: never) the operands of all products are measured (`train/numerics.py`).
+    """
 
     steps: int
     seq_len: int
@@ -119,6 +130,7 @@ class TrainConfig(Node):
     eval_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    numerics_every: int | None
     ema: EMAConfig | None
     guard: GuardConfig
 
@@ -126,6 +138,8 @@ class TrainConfig(Node):
         for name in ("steps", "seq_len", "micro_batch_size", "batch_increment", "log_every", "eval_every",
                      "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; expected a positive number")
+        require(self.numerics_every is None or self.numerics_every > 0,
+                f"train.numerics_every is {self.numerics_every}; expected a positive number of steps, or None")
         require(self.balance_alpha >= 0, f"train.balance_alpha is {self.balance_alpha}; expected 0 or more")
         require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; expected 0 to 2**32 - 1")
         require(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}; expected 0 or more")

@@ -28,6 +28,7 @@ from dsv3.train.checkpoint import Checkpoint, Checkpoints, Description, Progress
 from dsv3.train.diagnosis import first_nonfinite
 from dsv3.train.ema import HostEMA, initial_average
 from dsv3.train.metrics import MetricsWriter, read_metrics, step_record
+from dsv3.train.numerics import NumericsWriter, numerics
 from dsv3.train.plots import plot_expert_load, plot_loss
 from dsv3.train.spikes import SpikeDetector
 from dsv3.train.step import Knobs, Recipe, TrainState, abstract_state, make_init, make_recipe, make_train_step
@@ -37,8 +38,8 @@ from dsv3.train.validation import Validation, make_validation
 
 MAY_CHANGE = (
     "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.guard", "train.ema.every", "train.ema.decay", "train.micro_batch_size", "mesh", "kernels", "model.remat",
-    "model.scan_unroll",
+    "train.numerics_every", "train.guard", "train.ema.every", "train.ema.decay", "train.micro_batch_size", "mesh",
+    "kernels", "model.remat", "model.scan_unroll",
 )
 """Fields that a continued run may set anew: none of them changes what a step computes, but for rounding."""
 
@@ -124,13 +125,18 @@ def knobs_at(config: Config, step: int, tokens: int) -> Knobs:
         train.balance_alpha)))
 
 
-def train(config: Config, workdir: Path, ops: Ops, profile: Profile | None = None) -> Result:
+def train(
+    config: Config, workdir: Path, ops: Ops, profile: Profile | None = None, watching: Ops | None = None,
+) -> Result:
     """Train until `config.train.steps`, from the newest good checkpoint in `workdir` if it has one.
 
-    Writes `config.json`, `data/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `loss.png`, `expert_load.png`.
+    Writes `config.json`, `data/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `loss.png`, `expert_load.png`; with
+    `train.numerics_every` also `numerics.jsonl`, measured by the bundle `watching` (`model/watching_ops.py`).
     Every process of a job calls it alike; process 0 writes. Raises `Stopped` after SIGTERM, with everything saved, and
     `UserError` when the run cannot go on: too many bad steps in a row, or replicas that disagree.
     """
+    require(config.train.numerics_every is None or watching is not None, "train.numerics_every is "
+            f"{config.train.numerics_every}, but this program has no bundle that measures; set it to None")
     mesh = make_mesh(config.mesh)
     open_workdir(workdir)
     prepared = open_data(config, workdir)
@@ -146,6 +152,9 @@ def train(config: Config, workdir: Path, ops: Ops, profile: Profile | None = Non
         if writer:
             (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
         run = _Run(config, recipe, prepared, checkpoints, ema, writer)
+        if config.train.numerics_every:
+            run.watching = recipe._replace(model=Transformer(config.model, watching))
+            run.numerics_writer = stack.enter_context(NumericsWriter(workdir, step)) if is_main() else None
         run.spikes_so_far(read_metrics(workdir / "metrics.jsonl"))
         with StopRequest(mesh) as stop:
             state = run.steps(start.state, start.progress, stop, profile)
@@ -184,6 +193,8 @@ class _Run:
         self.pending: list[tuple[dict[str, Any], Any]] = []
         self.shapes: set[int] = set()
         self.batches: Batch | None = None
+        self.watching: Recipe | None = None
+        self.numerics_writer: NumericsWriter | None = None
         self.line, self.bad = "", False
         self.scores: tuple[Validation, Validation | None] | None = None
 
@@ -222,6 +233,8 @@ class _Run:
                     bar.set_postfix_str(self.log(state))
                 if done % train.guard.replica_check_every == 0 or last:
                     check_replicas(self.mesh, {"params": state.params, "routing": state.routing})
+                if self.watching and done % train.numerics_every == 0:
+                    self.measure(state, done, progress)
                 if done % train.eval_every == 0 or last:
                     self.evaluate(state, done, progress)
                 if last or stopping or (done % train.checkpoint_every == 0 and self.is_good(state)):
@@ -303,6 +316,15 @@ class _Run:
         raise UserError(f"{record['bad_steps_in_a_row']} steps in a row up to step {record['step']} had a loss or "
                         f"gradient that is not finite; first: {place}. None of them changed a weight; "
                         + ("there is no checkpoint yet" if saved is None else f"the newest checkpoint is step {saved}"))
+
+    def measure(self, state: TrainState, step: int, progress: Progress) -> None:
+        """What formats do to the operands of the last step's first micro-batch, with the weights after it."""
+        self.log(state)
+        with self.timer.paused():
+            batches, knobs = jax.tree.map(lambda a: a[:1], self.batches), knobs_at(self.config, step, progress.tokens)
+            records = numerics(self.watching, state.params, state.routing, batches, knobs)
+            if self.numerics_writer:
+                self.numerics_writer.write(step, records)
 
     def evaluate(self, state: TrainState, step: int, progress: Progress) -> None:
         self.log(state)

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,37 @@ def step_record(metrics: StepMetrics) -> dict[str, Any]:
     }
 
 
+class JsonLines:
+    """A file of one record a line, each with a `step`, that is appended to whole or not at all.
+
+    Opening at `step` drops the lines that an interrupted run had written beyond the checkpoint it continues from.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        fresh = path.with_suffix(".new")
+        fresh.write_text("".join(_line(record) for record in kept))
+        fresh.replace(path)
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+
+    def close(self) -> None:
+        self._file.close()
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """All records, and those that were refused before. Raises `OSError` with nothing written, and keeps them."""
+        self._waiting += "".join(map(_line, records)).encode()
+        whole = os.fstat(self._file.fileno()).st_size
+        try:
+            rest = self._waiting
+            while rest:
+                rest = rest[self._file.write(rest):]
+        except OSError:
+            os.ftruncate(self._file.fileno(), whole)
+            raise
+        self._waiting = b""
+
+
 class MetricsWriter:
     """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`. Use as a context manager.
 
@@ -39,20 +70,14 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, step: int) -> None:
-        path = workdir / "metrics.jsonl"
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        fresh = path.with_suffix(".new")
-        fresh.write_text("".join(_line(record) for record in kept))
-        fresh.replace(path)
-        self._file = path.open("ab", buffering=0)
-        self._waiting = b""
+        self._lines = JsonLines(workdir / "metrics.jsonl", step)
         self._board: SummaryWriter | None = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        self._lines.close()
         if self._board:
             self._board.close()
 
@@ -63,9 +88,8 @@ class MetricsWriter:
 
         Lines that a full disk refuses are reported, kept, and written with the next ones; TensorBoard is given up then.
         """
-        self._waiting += "".join(map(_line, records)).encode()
         try:
-            self._append()
+            self._lines.append(records)
             if self._board:
                 for record in records:
                     self._board_scalars(record)
@@ -73,18 +97,6 @@ class MetricsWriter:
         except OSError as error:
             logging.error("metrics could not be written (%s); they are kept for later", error)
             self._board = None
-
-    def _append(self) -> None:
-        """All waiting lines or none of them."""
-        whole = os.fstat(self._file.fileno()).st_size
-        try:
-            rest = self._waiting
-            while rest:
-                rest = rest[self._file.write(rest):]
-        except OSError:
-            os.ftruncate(self._file.fileno(), whole)
-            raise
-        self._waiting = b""
 
     def _board_scalars(self, record: Mapping[str, Any]) -> None:
         for name, value in record.items():
@@ -118,7 +130,7 @@ def _json(value: Any) -> Any:
     """JSON has no word for a number that is not finite."""
     if isinstance(value, list):
         return [_json(item) for item in value]
-    return value if math.isfinite(value) else None
+    return value if isinstance(value, str) or math.isfinite(value) else None
 
 
 def _number(value: Any) -> Any:

@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from dsv3.config import OptimizerConfig
+from dsv3.config import OptimizerConfig, UserError
 from dsv3.train.optimizer import adamw, decay_mask, scale_by_adam
 
 EXACT = OptimizerConfig(
-    b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, decay_norms=True, clip_norm=1.0, moment_dtype="float32")
+    b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, decay_norms=True, clip_norm=1.0, moment_dtype="float32",
+    stochastic_rounding=False)
 LOW = dataclasses.replace(EXACT, moment_dtype="bfloat16")
 
 
@@ -77,3 +78,64 @@ def test_a_huge_gradient_is_clipped_to_the_norm():
     grads = {"w": jnp.full((4,), 1e6)}
     updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
     np.testing.assert_allclose(updates["w"], 0.5 / (0.5 + 1.0), rtol=1e-5)
+
+
+STOCHASTIC = dataclasses.replace(LOW, stochastic_rounding=True)
+
+
+def test_stochastic_rounding_takes_the_bias_of_a_slow_second_moment_away():
+    """b2 = 0.999 over 4000 normal gradients: the mean over 4096 parameters is 1; to nearest it is far off."""
+    grads = jax.random.normal(jax.random.key(0), (4000, 4096))
+
+    def mean_of_nu(config):
+        optimizer = scale_by_adam(dataclasses.replace(config, b2=0.999))
+        state, _ = jax.lax.scan(lambda s, g: (optimizer.update(g, s)[1], None), optimizer.init(jnp.zeros(4096)), grads)
+        return float(jnp.mean(state.nu.astype(jnp.float32))) / (1 - 0.999 ** 4000)
+
+    exact, nearest, stochastic = map(mean_of_nu, (EXACT, LOW, STOCHASTIC))
+    assert abs(stochastic - exact) < 0.005 < 0.1 < abs(nearest - exact)
+
+
+def test_a_first_moment_is_unbiased_too():
+    """A small constant gradient under noise a hundred times as large, b1 = 0.99."""
+    noise = jax.random.normal(jax.random.key(1), (1500, 8192))
+    optimizer = scale_by_adam(dataclasses.replace(STOCHASTIC, b1=0.99))
+    state, _ = jax.lax.scan(lambda s, g: (optimizer.update(0.01 + g, s)[1], None), optimizer.init(noise[0]), noise)
+    exact = scale_by_adam(dataclasses.replace(EXACT, b1=0.99))
+    other, _ = jax.lax.scan(lambda s, g: (exact.update(0.01 + g, s)[1], None), exact.init(noise[0]), noise)
+    mean = lambda s: float(jnp.mean(s.mu.astype(jnp.float32)))
+    assert abs(mean(state) - mean(other)) < 5e-4
+
+
+def test_its_bits_follow_from_the_number_of_updates_alone():
+    """A restart rounds as the run that it continues; another step, another parameter or another moment, otherwise."""
+    optimizer = scale_by_adam(STOCHASTIC)
+    grads = {"a": jnp.full((4096,), 0.3), "b": jnp.full((4096,), 0.3)}
+    _, first = optimizer.update(grads, optimizer.init(grads))
+    _, again = jax.jit(optimizer.update)(grads, optimizer.init(grads))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    _, later = optimizer.update(grads, optimizer.init(grads)._replace(count=jnp.int32(7)))
+    up = lambda moment: np.asarray(moment, np.float32) > np.float32(np.asarray(moment, np.float32)).mean()
+    draws = [up(part) for part in (first.mu["a"], first.mu["b"], first.nu["a"], later.mu["a"])]
+    for i, one in enumerate(draws):
+        assert 0.02 < one.mean() < 0.98
+        for other in draws[:i]:
+            assert abs(np.corrcoef(one, other)[0, 1]) < 0.08
+
+
+def test_moments_divided_over_eight_devices_round_as_those_of_one():
+    """ZeRO-1 shards the moments; the bits of an element must not depend on where it lives."""
+    optimizer = scale_by_adam(STOCHASTIC)
+    grads = {"w": jax.random.normal(jax.random.key(2), (64, 24))}
+    mesh = jax.make_mesh((8,), ("data",))
+    divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    update = lambda g: optimizer.update(g, optimizer.init(g))[1]
+    one = jax.jit(update)(grads)
+    many = jax.jit(update)(jax.device_put(grads, divided))
+    for moments in ("mu", "nu"):
+        np.testing.assert_array_equal(getattr(one, moments)["w"], getattr(many, moments)["w"])
+
+
+def test_float32_moments_have_nothing_to_round():
+    with pytest.raises(UserError, match="moment_dtype=bfloat16 or stochastic_rounding=False"):
+        dataclasses.replace(EXACT, stochastic_rounding=True)
