@@ -15,7 +15,7 @@ from dsv3.kernels.grouped_dot import block_experts, block_starts, grouped_dot, p
 from dsv3.kernels.grouped_dot_hopper import BLOCK, STEP, grouped_dot_hopper, rows_times_experts, weight_gradient
 from dsv3.kernels.permute import make_plan, permute, unpermute
 from dsv3.parallel.ops import is_hopper
-from experiments.benchmark_step import write_json
+from experiments.benchmark_record import write_json
 
 BOUND = 0.01
 """Largest accepted norm-wise distance of two bfloat16 results; rounding alone gives 0.002 to 0.005."""
