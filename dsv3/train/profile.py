@@ -54,17 +54,34 @@ def program_events(trace: ProfileData, module: str) -> list[tuple[str, str, floa
     return found
 
 
+def latest_trace(directory: str) -> ProfileData:
+    """The last trace written under `directory`."""
+    paths = sorted(Path(directory).rglob("*.xplane.pb"))
+    assert paths, f"no trace under {directory}"
+    return ProfileData.from_file(str(paths[-1]))
+
+
+def module_name(program: str) -> str:
+    """What a trace calls a compiled program (`compiled.as_text()`)."""
+    return re.match(r"HloModule ([\w.\-]+)", program)[1]
+
+
+def busy_seconds(directory: str, module: str) -> float:
+    """Seconds in which anything of the program `module` ran, of the trace under `directory`: no launches, no gaps."""
+    events = program_events(latest_trace(directory), module)
+    assert events, f"no events of {module} under {directory}"
+    return 1e-9 * busy_time([(start, end) for _, _, start, end in events])
+
+
 def breakdown(directory: str, program: str, steps: int) -> dict[str, float]:
     """Seconds a step by kind, longest first, from the trace under `directory` of `steps` runs of a compiled program.
 
     The program must have been compiled without command buffers: inside one, kernels carry no operation's name. `idle`
     is the time from the first event to the last in which nothing ran. Kinds that overlap count in full each.
     """
-    paths = sorted(Path(directory).rglob("*.xplane.pb"))
-    assert paths, f"no trace under {directory}"
-    module = re.match(r"HloModule ([\w.\-]+)", program)[1]
-    events = program_events(ProfileData.from_file(str(paths[-1])), module)
-    assert events, f"no events of {module} in {paths[-1]}"
+    module = module_name(program)
+    events = program_events(latest_trace(directory), module)
+    assert events, f"no events of {module} under {directory}"
     names = operation_names(program)
     totals: dict[str, float] = {}
     for kernel, instruction, start, end in events:

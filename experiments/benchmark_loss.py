@@ -1,0 +1,59 @@
+"""Cross-entropy over V3's vocabulary, forward and backward: python -m experiments.benchmark loss [--peers]
+
+Operations count the three useful products (logits, d_x, d_w); the share is of the bfloat16 peak. `temporary_bytes` in
+the JSON file is the memory beside inputs and outputs.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dsv3.kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from experiments import benchmark_table, peers_torch
+from experiments.benchmark_table import BF16_FLOPS, Case, Contestant, normal
+
+WIDTH, VOCABULARY = 7168, 129_280
+TOKENS, CHUNKS = (4096, 8192, 16_384), (4096, 2048, 8192)
+REFERENCE_CHUNK = 1024
+
+
+def gradients(loss: Callable, x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array) -> tuple[jax.Array, ...]:
+    """The total with all weights 1, and its gradients by x and w."""
+    total = lambda x, w: loss(x, w, targets_T, jnp.ones(targets_T.shape, jnp.float32))
+    value, grads = jax.value_and_grad(total, argnums=(0, 1))(x_TD, w_DV)
+    return value, *grads
+
+
+def reference(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: jax.Array) -> jax.Array:
+    """All in float32 by differentiation, `REFERENCE_CHUNK` tokens after the other."""
+    chunk = min(REFERENCE_CHUNK, len(x_TD))
+    parts = [a.reshape(-1, chunk, *a.shape[1:]) for a in (x_TD.astype(jnp.float32), targets_T, weights_T)]
+    one = jax.checkpoint(lambda part: cross_entropy_reference(part[0], w_DV, *part[1:]).total)
+    return jnp.sum(jax.lax.map(one, tuple(parts)))
+
+
+def case(n_tokens: int, width: int, vocabulary: int, chunks: Sequence[int]) -> Case:
+    """The head is rounded to bfloat16 numbers, so that a rounded product and the reference see the same."""
+    def inputs(seed: int) -> tuple[jax.Array, ...]:
+        w_DV = (0.02 * normal(2 * seed + 1, width, vocabulary)).astype(jnp.float32)
+        return normal(2 * seed, n_tokens, width), w_DV, jax.random.randint(
+            jax.random.key(seed), (n_tokens,), 0, vocabulary)
+
+    expected = lambda *arrays: gradients(reference, *arrays)
+    ours = {f"chunks of {chunk}": Contestant(
+        lambda *arrays, chunk=chunk: gradients(lambda *a: cross_entropy(*a, chunk).total, *arrays), expected)
+        for chunk in chunks if chunk <= n_tokens}
+    peer = Contestant(peers_torch.loss_gradients, expected, lambda x, w, targets: (x, w.astype(x.dtype), targets),
+                      library="torch")
+    moved = 2 * width * vocabulary + 4 * width * vocabulary + 4 * n_tokens * width
+    return Case(f"{n_tokens} x {width} x {vocabulary}", inputs, ours | {"torch, all logits": peer},
+                6 * n_tokens * width * vocabulary, moved, BF16_FLOPS)
+
+
+def cases() -> list[Case]:
+    return [case(n_tokens, WIDTH, VOCABULARY, CHUNKS) for n_tokens in TOKENS]
+
+
+def main(overrides: Sequence[str]) -> None:
+    benchmark_table.run("loss", cases(), "tflops", overrides)
