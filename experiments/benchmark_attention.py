@@ -35,7 +35,9 @@ def inputs_of(seed: int, rows: int, tokens: int, heads: int, segments: bool) -> 
 def few_heads_at_once(*arrays: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     """The reference in float32, `HEADS_AT_ONCE` heads after the other, so that the scores fit."""
     q_nope, q_rope, k_nope, k_rope, v = (a.astype(jnp.float32) for a in arrays)
-    split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], -1, min(HEADS_AT_ONCE, x.shape[2]), x.shape[3]), 2, 0)
+    rows, tokens, heads = v.shape[:3]
+    some = min(HEADS_AT_ONCE, heads)
+    split = lambda x: jnp.moveaxis(x.reshape(rows, tokens, heads // some, some, x.shape[3]), 2, 0)
 
     @jax.checkpoint
     def one(parts):

@@ -40,9 +40,26 @@ def to_blocks(w_NK: jax.Array) -> Blocks:
     return Blocks(*quant.quantize(w, E4M3, quant.BLOCK, power_of_two=False))
 
 
+def whole_fours(blocks: Blocks) -> Blocks:
+    """Scales as cuBLASLt wants them: their rows filled to a multiple of four."""
+    return blocks._replace(scales=jnp.pad(blocks.scales, ((0, 0), (0, -blocks.scales.shape[1] % 4))))
+
+
 def decode(operand: Tiles | Blocks) -> jax.Array:
     """float32."""
-    return decode_tiles(operand) if isinstance(operand, Tiles) else decode_blocks(operand)
+    if isinstance(operand, Tiles):
+        return decode_tiles(operand)
+    return decode_blocks(operand._replace(scales=operand.scales[..., :operand.values.shape[-1] // TILE]))
+
+
+def cublas_contestant(second: Callable, prepare: Callable = lambda a, b: (a, b)) -> Contestant:
+    """Of what `prepare` makes a [m, k] and b [n, k]; `second` is how b is quantised."""
+    def quantised(*inputs):
+        a, b = prepare(*inputs)
+        return to_tiles(a), whole_fours(second(b)) if second is to_blocks else second(b)
+
+    return Contestant(
+        peers_torch.scaled_dot, lambda a, b: decode(a) @ decode(b).T, quantised, library="torch")
 
 
 def decoded_dot(a: Tiles, b: Tiles | Blocks, out_dtype: jnp.dtype) -> jax.Array:
@@ -69,8 +86,7 @@ def contestants(by_weights: bool) -> dict[str, Contestant]:
     rows = {name: Contestant(lambda a, b, f=f: f(a, b, out_dtype), expected, prepare) for name, f in SCALED.items()}
     rows["bfloat16 by XLA"] = Contestant(
         lambda a, b: plain_dot(a, b, out_dtype), lambda a, b: a.astype(jnp.float32) @ b.astype(jnp.float32).T)
-    rows["cuBLASLt, block-scaled"] = Contestant(peers_torch.scaled_dot, expected, prepare, library="torch")
-    return rows
+    return rows | {"cuBLASLt, block-scaled": cublas_contestant(second)}
 
 
 def case(name: str, m: int, n: int, k: int, *, by_weights: bool) -> Case:

@@ -13,7 +13,7 @@ import numpy as np
 from dsv3.kernels.grouped_dot import block_experts, block_starts, grouped_dot, padded_rows
 from dsv3.kernels.grouped_dot_hopper import BLOCK, STEP, grouped_dot_hopper, rows_times_experts, weight_gradient
 from experiments import benchmark_table, peers_torch
-from experiments.benchmark_gemm import decode, to_blocks, to_tiles
+from experiments.benchmark_gemm import cublas_contestant, to_blocks
 from experiments.benchmark_table import BF16_FLOPS, Case, Contestant, normal
 
 GATE_UP, DOWN = (7168, 4096), (2048, 7168)
@@ -56,16 +56,21 @@ def ends(sizes_E: jax.Array) -> jax.Array:
     return (block_starts(sizes_E, BLOCK) + -(-sizes_E // BLOCK) * BLOCK).astype(jnp.int32)
 
 
-def by_groups(rows_JD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """The reference: every expert multiplies all rows and keeps its own."""
-    expert_J = jnp.repeat(block_experts(sizes_E, len(rows_JD) // BLOCK, BLOCK), BLOCK, total_repeat_length=len(rows_JD))
+def by_ends(rows_JD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array) -> jax.Array:
+    """The reference: every expert multiplies all rows and keeps its own, those from the end before to its end."""
+    expert_J1 = jnp.searchsorted(ends_E, jnp.arange(len(rows_JD)), side="right")[:, None]
 
     def one(out, inputs):
         expert, w = inputs
-        return jnp.where((expert_J == expert)[:, None], rows_JD @ w, out), None
+        return jnp.where(expert_J1 == expert, rows_JD @ w, out), None
 
     out = jnp.zeros((len(rows_JD), w_EDF.shape[2]), rows_JD.dtype)
     return jax.lax.scan(one, out, (jnp.arange(len(w_EDF)), w_EDF))[0]
+
+
+def by_groups(rows_JD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """`by_ends`; rows past the last group are zeros."""
+    return by_ends(rows_JD, w_EDF, ends(sizes_E))
 
 
 def weights_by_groups(rows_JD: jax.Array, d_out_JF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -84,34 +89,21 @@ def weights_bf16(rows_JD: jax.Array, d_out_JF: jax.Array, sizes_E: jax.Array) ->
     return weight_gradient(rows_JD, block_starts(sizes_E, BLOCK), -(-sizes_E // STEP), d_out_JF)
 
 
-def dense_operands(rows_JD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, transpose: bool):
-    """The same n and k without groups: all rows times the first expert's matrix, quantised for cuBLASLt."""
-    del sizes_E
-    return to_tiles(rows_JD), to_blocks(w_EDF[0] if transpose else w_EDF[0].T)
+def contestants(transpose: bool, n_real: int, n_padded: int) -> dict[str, Contestant]:
+    """Forward, or by rows with `transpose`; the fastest first. torch gets the rows up to the end of the last group.
 
-
-def contestants(transpose: bool) -> dict[str, Contestant]:
-    """Forward, or by rows with `transpose`; the fastest first."""
+    cuBLASLt multiplies `n_real` rows with one matrix: the same n and k without groups.
+    """
     turned = lambda w_EDF: w_EDF.swapaxes(1, 2) if transpose else w_EDF
     expected = _float32(lambda rows, w, sizes: by_groups(rows, turned(w), sizes))
-    dense = lambda *inputs: dense_operands(*inputs, transpose=transpose)
-    offsets = lambda rows, w, sizes: (rows, turned(w), ends(sizes))
     return {
         "bfloat16": Contestant(lambda *inputs: forward_bf16(*inputs, transpose=transpose), expected),
         "torch grouped_mm, bfloat16": Contestant(
-            peers_torch.grouped_dot, _float32(torch_expected), offsets, library="torch"),
-        "cuBLASLt, block-scaled, dense": Contestant(
-            peers_torch.scaled_dot, lambda a, b: decode(a) @ decode(b).T, dense, library="torch"),
+            peers_torch.grouped_dot, _float32(by_ends),
+            lambda rows, w, sizes: (rows[:n_padded], turned(w), ends(sizes)), library="torch"),
+        "cuBLASLt, block-scaled, dense": cublas_contestant(
+            to_blocks, lambda rows, w, sizes: (rows[:n_real], w[0] if transpose else w[0].T)),
     }
-
-
-def torch_expected(rows_JD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array) -> jax.Array:
-    """Rows past the last group's end are not written by torch, so nothing is expected of them."""
-    row_J = jnp.arange(len(rows_JD))
-    expert_J = jnp.searchsorted(ends_E, row_J, side="right")
-    body = lambda out, inputs: (jnp.where((expert_J == inputs[0])[:, None], rows_JD @ inputs[1], out), None)
-    out = jnp.zeros((len(rows_JD), w_EDF.shape[2]), rows_JD.dtype)
-    return jax.lax.scan(body, out, (jnp.arange(len(w_EDF)), w_EDF))[0]
 
 
 def cases_of(name: str, load: str, n_experts: int, n_rows: int, n_in: int, n_out: int) -> list[Case]:
@@ -120,13 +112,14 @@ def cases_of(name: str, load: str, n_experts: int, n_rows: int, n_in: int, n_out
     padded = padded_rows(n_rows, n_experts, BLOCK)
     rows = lambda seed, width: real_rows(normal(seed, padded, width), sizes_E)
     weights = lambda seed: normal(seed, n_experts, n_in, n_out)
+    n_padded = int(ends(sizes_E)[-1])
     flops = 2 * n_rows * n_in * n_out
     moved = 2 * (n_rows * (n_in + n_out) + n_experts * n_in * n_out)
     return [
         Case(f"forward {name}, {load}", lambda seed: (rows(2 * seed, n_in), weights(2 * seed + 1), sizes_E),
-             contestants(False), flops, moved, BF16_FLOPS),
+             contestants(False, n_rows, n_padded), flops, moved, BF16_FLOPS),
         Case(f"by rows {name}, {load}", lambda seed: (rows(2 * seed, n_out), weights(2 * seed + 1), sizes_E),
-             contestants(True), flops, moved, BF16_FLOPS),
+             contestants(True, n_rows, n_padded), flops, moved, BF16_FLOPS),
         Case(f"by weights {name}, {load}", lambda seed: (rows(2 * seed, n_in), rows(2 * seed + 1, n_out), sizes_E),
              {"bfloat16": Contestant(weights_bf16, _float32(weights_by_groups))},
              flops, moved + 2 * n_experts * n_in * n_out, BF16_FLOPS),

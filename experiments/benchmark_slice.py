@@ -38,7 +38,7 @@ from dsv3.train.optimizer import adamw
 from dsv3.train.profile import breakdown
 from dsv3.train.step import make_recipe
 from dsv3.train.throughput import peak_flops
-from experiments import launch
+from experiments import launch, peers_torch
 from experiments.benchmark_record import record, write_json
 from experiments.benchmark_step import TRACED, WARM_UP, random_batches
 
@@ -56,7 +56,7 @@ DRAWS = 4
 FP8_FLOPS, BF16_FLOPS = 1979e12, 989.5e12
 """The data sheet's dense rates of H100, H200 and H800: what the floor is counted on."""
 PEER = "transformers 5.17 with torch 2.11: grouped_mm experts, bfloat16, fused AdamW included"
-PEER_MICROSECONDS = 12.4
+PEER_MICROSECONDS, PEER_SEQUENCES = 12.4, 2
 """Microseconds per token and layer, measured on an H100 with 2 x 4,096 tokens; `--peers` measures it again."""
 
 
@@ -264,6 +264,10 @@ def show(figures: dict) -> None:
           f"loss {f['loss']:.4f}\n")
     for kind, micro in f["breakdown_us"].items():
         print(f"{micro:8.3f} us  {kind}")
+    if f["peer_measured"]:
+        peer = f["peer_measured"]
+        print(f"\ntransformers, measured now: {peer['gradient_us']:.2f} + {peer['optimizer_us']:.2f} us, "
+              f"{peer['peak_gib']:.1f} GiB, {peer['tokens']:,} tokens a step")
 
 
 def measure(config: Config, repeats: int, directory: str) -> dict:
@@ -283,9 +287,10 @@ def measure(config: Config, repeats: int, directory: str) -> dict:
 def main(overrides: Sequence[str]) -> None:
     config = slice_config(overrides)
     require(config.mesh.n_devices == 1, "`benchmark slice` is of one device; leave mesh.data at 1")
+    peers = peers_torch.slice_figures(PEER_SEQUENCES) if flags.FLAGS.peers else None  # before our memory is taken
     with tempfile.TemporaryDirectory() as scratch:
         figures = measure(config, flags.FLAGS.steps, flags.FLAGS.profile or scratch)
-    result = record("slice", {"overrides": list(overrides), **figures})
+    result = record("slice", {"overrides": list(overrides), **figures, "peer_measured": peers})
     print(f"{result['device']}, {result['versions']}")
-    show(figures)
+    show(result)
     write_json(result)

@@ -1,9 +1,13 @@
 """What torch has for the same work, on the same card: cuBLASLt, cuDNN, transformers. All of it is optional.
 
 `python -m experiments.peers_torch` measures transformers' DeepseekV3 at the slice (`benchmark slice --peers` starts it,
-in a process of its own, since neither library gives memory back to the other).
+in a process of its own, since neither library gives memory back to the other) and prints a line of JSON.
 """
 
+import json
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -93,20 +97,13 @@ def batch(function: Callable, sets: Sequence[Sequence]) -> Callable[[int], float
 def scaled_dot(a, b):
     """cuBLASLt's block-scaled product of `Tiles` [M, K] and `Blocks` or `Tiles` [N, K], in bfloat16.
 
-    It wants scales of rows with the row fastest, which is how `Tiles` keep them, and scales of blocks as a matrix
-    whose columns number a multiple of four.
+    It wants scales of rows with the row fastest, which is how `Tiles` keep them, and scales of blocks in a matrix whose
+    rows are a multiple of four long (`whole_fours`).
     """
-    scale_b = b.scales if b.scales.shape[-1] == b.values.shape[0] else _blocks_for_cublas(b.scales).t()
+    blocks = b.scales.shape[-1] != b.values.shape[0]
+    scale_b = b.scales[:, :b.values.shape[1] // 128].t() if blocks else b.scales
     return torch._scaled_mm(a.values, b.values.t(), scale_a=a.scales.t(), scale_b=scale_b, out_dtype=torch.bfloat16,
                             use_fast_accum=False)
-
-
-def _blocks_for_cublas(scales):
-    missing = -scales.shape[1] % 4
-    if not missing:
-        return scales
-    padded = torch.nn.functional.pad(scales, (0, missing))
-    return padded[:, :scales.shape[1]]
 
 
 def grouped_dot(rows_JD, w_EDF, ends_E):
@@ -139,3 +136,62 @@ def loss_gradients(x_TD, w_DV, targets_T):
     x, w = (a.detach().requires_grad_() for a in (x_TD, w_DV))
     total = torch.nn.functional.cross_entropy((x @ w).float(), targets_T.long(), reduction="sum")
     return total, *torch.autograd.grad(total, (x, w))
+
+
+SLICE = dict(
+    vocab_size=1024, num_hidden_layers=4, first_k_dense_replace=0, num_nextn_predict_layers=0, n_routed_experts=8,
+    num_experts_per_tok=8, n_group=1, topk_group=1, use_cache=False)
+"""What differs from V3 in transformers' names; its router sends every token to all 8 experts, an even load."""
+
+
+def _seconds(step: Callable[[], None], repeats: int) -> float:
+    """Median of synchronised calls, after two of warm-up."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times = []
+    for _ in range(2 + repeats):
+        wait()
+        start = time.perf_counter()
+        step()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def measure_slice(sequences: int, length: int, repeats: int, **sizes) -> dict:
+    """Microseconds per token and layer of transformers' model in bfloat16: SDPA, grouped_mm experts, fused AdamW."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(**(SLICE | sizes))
+    config._attn_implementation, config._experts_implementation = "sdpa", "grouped_mm"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = DeepseekV3ForCausalLM(config).train()
+        tokens = torch.randint(config.vocab_size, (sequences, length))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
+
+    def gradients() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    per = 1e6 / (tokens.numel() * config.num_hidden_layers)
+    gradient, update = per * _seconds(gradients, repeats), per * _seconds(optimizer.step, repeats)
+    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else 0.0
+    return {"tokens": tokens.numel(), "layers": config.num_hidden_layers, "gradient_us": gradient,
+            "optimizer_us": update, "total_us": gradient + update, "peak_gib": peak}
+
+
+def slice_figures(sequences: int) -> dict | None:
+    """`measure_slice` in a process of its own; None where it cannot run, with the reason as a warning."""
+    if not available():
+        return None
+    child = subprocess.run([sys.executable, "-m", "experiments.peers_torch", str(sequences)], stdout=subprocess.PIPE,
+                           text=True)
+    if child.returncode:
+        logging.warning("transformers at the slice failed with status %d", child.returncode)
+        return None
+    return json.loads(child.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_slice(int(sys.argv[1]) if len(sys.argv) > 1 else 2, 4096, 5)))
