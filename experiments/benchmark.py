@@ -5,7 +5,8 @@ rewrites them). `step` measures one training step of a config (`--config=FILE`, 
 `--profile=DIR`). `slice` measures four layers of V3 at full width with the work of one expert-parallel rank. `gemm`,
 `grouped`, `quantize`, `attention` and `loss` check kernels against float32 references and time them beside XLA's and,
 with `--peers`, torch's. `import` generates a checkpoint of `--gigabytes` in `--scratch` and measures the peak memory
-and the speed of importing it.
+and the speed of importing it. `render` makes the tables of docs/benchmarks.md from docs/benchmarks/*.json, which the
+others write with `--json=FILE`.
 """
 
 import os
@@ -19,6 +20,7 @@ from experiments import (
     benchmark_grouped,
     benchmark_import,
     benchmark_loss,
+    benchmark_render,
     benchmark_rows,
     benchmark_shapes,
     benchmark_slice,
@@ -38,4 +40,5 @@ if __name__ == "__main__":
     launch.run_command({
         "shapes": benchmark_shapes.main, "step": benchmark_step.main, "slice": benchmark_slice.main,
         "gemm": benchmark_gemm.main, "grouped": benchmark_grouped.main, "quantize": benchmark_rows.main,
-        "attention": benchmark_attention.main, "loss": benchmark_loss.main, "import": benchmark_import.main}, "shapes")
+        "attention": benchmark_attention.main, "loss": benchmark_loss.main, "import": benchmark_import.main,
+        "render": benchmark_render.main}, "shapes")

@@ -93,7 +93,7 @@ def cases_of(name: str, rows: int, tokens: int, heads: int, segments: bool = Fal
         contestants = {form: contestant(function, backward, segments) for form, function in FORMS.items()}
         if not segments:
             contestants["cuDNN from torch"] = torch_contestant(backward)
-        found.append(Case(f"{'forward and backward' if backward else 'forward'} {name}",
+        found.append(Case("forward and backward" if backward else "forward", name,
                           lambda seed: inputs_of(seed, rows, tokens, heads, segments), contestants,
                           product * (3 if backward else 1), moved * (3 if backward else 1), BF16_FLOPS))
     return found

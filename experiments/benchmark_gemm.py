@@ -89,19 +89,19 @@ def contestants(by_weights: bool) -> dict[str, Contestant]:
     return rows | {"cuBLASLt, block-scaled": cublas_contestant(second)}
 
 
-def case(name: str, m: int, n: int, k: int, *, by_weights: bool) -> Case:
+def case(group: str, m: int, n: int, k: int, *, by_weights: bool) -> Case:
     """out[m, n] over an inner dimension of k; random operands, and bytes of the quantised ones."""
     out_bytes = 4 if by_weights else 2
     scales = 4 * (m * k / TILE + (n * k / TILE if by_weights else n * k / TILE ** 2))
-    return Case(name, lambda seed: (normal(2 * seed, m, k), normal(2 * seed + 1, n, k)), contestants(by_weights),
+    return Case(group, f"{m} x {n} x {k}", lambda seed: (normal(2 * seed, m, k), normal(2 * seed + 1, n, k)), contestants(by_weights),
                 2 * m * n * k, m * k + n * k + scales + out_bytes * m * n, FP8_FLOPS)
 
 
 def cases() -> list[Case]:
-    forward = [case(f"forward {m} x {n} x {k}", m, n, k, by_weights=False)
+    forward = [case(f"forward, m = {m}", m, n, k, by_weights=False)
                for m in (TOKENS, *DECODED) for n, k in SHAPES]
-    by_rows = [case(f"by rows {TOKENS} x {k} x {n}", TOKENS, k, n, by_weights=False) for n, k in SHAPES]
-    by_weights = [case(f"by weights {k} x {n} x {TOKENS}", k, n, TOKENS, by_weights=True) for n, k in SHAPES]
+    by_rows = [case("by rows", TOKENS, k, n, by_weights=False) for n, k in SHAPES]
+    by_weights = [case("by weights", k, n, TOKENS, by_weights=True) for n, k in SHAPES]
     return forward + by_rows + by_weights
 
 

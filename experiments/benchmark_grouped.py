@@ -116,11 +116,11 @@ def cases_of(name: str, load: str, n_experts: int, n_rows: int, n_in: int, n_out
     flops = 2 * n_rows * n_in * n_out
     moved = 2 * (n_rows * (n_in + n_out) + n_experts * n_in * n_out)
     return [
-        Case(f"forward {name}, {load}", lambda seed: (rows(2 * seed, n_in), weights(2 * seed + 1), sizes_E),
+        Case(f"forward, {load}", name, lambda seed: (rows(2 * seed, n_in), weights(2 * seed + 1), sizes_E),
              contestants(False, n_rows, n_padded), flops, moved, BF16_FLOPS),
-        Case(f"by rows {name}, {load}", lambda seed: (rows(2 * seed, n_out), weights(2 * seed + 1), sizes_E),
+        Case(f"by rows, {load}", name, lambda seed: (rows(2 * seed, n_out), weights(2 * seed + 1), sizes_E),
              contestants(True, n_rows, n_padded), flops, moved, BF16_FLOPS),
-        Case(f"by weights {name}, {load}", lambda seed: (rows(2 * seed, n_in), rows(2 * seed + 1, n_out), sizes_E),
+        Case(f"by weights, {load}", name, lambda seed: (rows(2 * seed, n_in), rows(2 * seed + 1, n_out), sizes_E),
              {"bfloat16": Contestant(weights_bf16, _float32(weights_by_groups))},
              flops, moved + 2 * n_experts * n_in * n_out, BF16_FLOPS),
     ]
@@ -141,7 +141,7 @@ def gradients_case() -> Case:
 
     contestant = Contestant(lambda *a: of(grouped_dot_hopper, *a), lambda *a: of(grouped_dot, *a))
     flops = 6 * int(sizes_E.sum()) * n_in * n_out
-    return Case("check of values and gradients, empty groups", inputs, {"bfloat16": contestant}, flops, 0, BF16_FLOPS)
+    return Case("check", "values and gradients, empty groups", inputs, {"bfloat16": contestant}, flops, 0, BF16_FLOPS)
 
 
 def cases() -> list[Case]:

@@ -47,7 +47,7 @@ def quantize_cases(m: int, k: int) -> list[Case]:
     """1 x 128, 128 x 1 (transposed), and both from one read, of a bfloat16 matrix."""
     def case(name, forms, reference, bytes_per_element):
         rows = {form: Contestant(run, reference, bound=0) for form, run in forms.items()}
-        return Case(f"{name} {m} x {k}", lambda seed: (normal(seed, m, k),), rows, 0, bytes_per_element * m * k,
+        return Case(name, f"{m} x {k}", lambda seed: (normal(seed, m, k),), rows, 0, bytes_per_element * m * k,
                     BF16_FLOPS)
 
     return [case("1 x 128", ROW_FORMS, rows_by_xla, 3 + SCALES), case("128 x 1", COLUMN_FORMS, columns_by_xla,
@@ -71,8 +71,8 @@ def dispatch_cases(name: str, n_tokens: int, width: int, n_experts: int) -> list
         (plan.pair_J < 8 * n_tokens)[:, None], x[jnp.minimum(plan.pair_J // 8, n_tokens - 1)], 0),
         lambda x, plan, rows, weights: (x, plan), bound=0)
     combine = Contestant(unpermute, loop, lambda x, plan, rows, weights: (rows, plan, weights))
-    return [Case(f"dispatch {name}", inputs, {"XLA": dispatch}, 0, tokens + pairs, BF16_FLOPS),
-            Case(f"combine {name}", inputs, {"XLA": combine}, 0, tokens + pairs, BF16_FLOPS)]
+    return [Case("dispatch", name, inputs, {"XLA": dispatch}, 0, tokens + pairs, BF16_FLOPS),
+            Case("combine", name, inputs, {"XLA": combine}, 0, tokens + pairs, BF16_FLOPS)]
 
 
 def cases() -> list[Case]:

@@ -21,7 +21,7 @@ from dsv3.train.profile import breakdown
 from dsv3.train.step import Knobs, StepMetrics, TrainState, make_init, make_recipe, make_train_step
 from dsv3.train.throughput import peak_flops
 from experiments import launch
-from experiments.benchmark_record import write_json
+from experiments.benchmark_record import record, write_json
 
 WARM_UP = 3
 TRACED = 2
@@ -116,9 +116,9 @@ def main(overrides: Sequence[str]) -> None:
           f"{1e3 * figures['slowest_seconds']:.1f} over {flags.FLAGS.steps}), "
           f"{figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu']:.1%}, "
           f"peak {figures['peak_gib']:.1f} GiB, compiled in {figures['compile_seconds']:.1f} s", flush=True)
-    write_json(figures)
+    write_json(record("step", figures))
     if flags.FLAGS.profile:
         figures["breakdown_seconds"] = profiled(bench, flags.FLAGS.profile)
         for kind, seconds in figures["breakdown_seconds"].items():
             print(f"{1e3 * seconds:10.2f} ms  {kind}")
-        write_json(figures)
+        write_json(record("step", figures))

@@ -5,6 +5,7 @@ torch is installed and `--peers` is given.
 """
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -41,9 +42,11 @@ class Contestant(NamedTuple):
 class Case(NamedTuple):
     """A shape: `inputs(seed)` draws its arrays, `flops` and `bytes` are what it must compute and move.
 
-    `peak` is the FLOP/s that its floor is counted on. Ratios compare with the first contestant.
+    `peak` is the FLOP/s that its floor is counted on. Ratios compare with the first contestant; their geometric mean is
+    taken over a `group`.
     """
 
+    group: str
     name: str
     inputs: Callable[[int], tuple]
     contestants: dict[str, Contestant]
@@ -123,7 +126,7 @@ def prepared(case: Case, name: str) -> Entry:
     sets += [prepare(*case.inputs(seed)) for seed in range(1, copies_needed(sets[0]))]
     if contestant.library == "torch":
         return Entry(contestant.run, [peers_torch.to_torch(inputs) for inputs in sets], contestant)
-    return Entry(compiled(contestant.run, f"{case.name} {name}", sets[0]), sets, contestant)
+    return Entry(compiled(contestant.run, f"{case.group} {case.name} {name}", sets[0]), sets, contestant)
 
 
 def temporary_bytes(entry: Entry) -> int | None:
@@ -164,7 +167,7 @@ def measure(case: Case, copy_rate: float, peers: bool, soak: int) -> dict:
     first = next(iter(rows), None)
     for row in rows.values():
         row["first_is_times_as_fast"] = rows[first]["floor_share"] / row["floor_share"]
-    return {"case": case.name, "flops": case.flops, "bytes": case.bytes, "floor_us": 1e6 * floor, "rows": rows,
+    return {"group": case.group, "case": case.name, "flops": case.flops, "bytes": case.bytes, "floor_us": 1e6 * floor, "rows": rows,
             "errors": errors}
 
 
@@ -180,7 +183,7 @@ def ceilings() -> dict[str, float]:
 
 def show(row: dict, rate: str) -> None:
     """One case, a line a contestant; `rate` is `tflops` or `gb_per_s`."""
-    print(f"{row['case']}: floor {row['floor_us']:.1f} us")
+    print(f"{row['group']}, {row['case']}: floor {row['floor_us']:.1f} us")
     for name, r in row["rows"].items():
         device = "" if r["device_us"] is None else f" ({r['device_us']:.1f} in kernels)"
         wrong = "" if r["within"] and r["repeats"] else "  WRONG" if r["repeats"] else "  NOT REPEATABLE"
@@ -189,6 +192,18 @@ def show(row: dict, rate: str) -> None:
               f"distance {r['distance']:.2g}{wrong}")
     for name, error in row["errors"].items():
         print(f"    {name:28s} {error}", flush=True)
+
+
+def means(rows: Sequence[dict]) -> list[dict]:
+    """How many times as fast the first contestant is as each other: geometric mean and worst case of every group."""
+    found = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        cases = [row["rows"] for row in rows if row["group"] == group and row["rows"]]
+        for name in dict.fromkeys(name for case in cases for name in list(case)[1:]):
+            ratios = [case[name]["first_is_times_as_fast"] for case in cases if name in case]
+            found.append({"group": group, "first": next(iter(cases[0])), "other": name, "cases": len(ratios),
+                          "mean": math.exp(statistics.fmean(map(math.log, ratios))), "worst": min(ratios)})
+    return found
 
 
 def define_flags() -> None:
@@ -203,8 +218,9 @@ def run(kind: str, cases: Sequence[Case], rate: str, overrides: Sequence[str]) -
     require(not overrides, f"`benchmark {kind}` has fixed shapes; --config fields belong to `benchmark step` and `slice`")
     device = jax.devices()[0]
     require(is_hopper(device), f"`benchmark {kind}` needs a Hopper GPU; the default device is {device.device_kind}")
-    chosen = [case for case in cases if flags.FLAGS.only in case.name]
-    require(chosen, f"--only={flags.FLAGS.only} is in none of: {'; '.join(case.name for case in cases)}")
+    titles = [f"{case.group}, {case.name}" for case in cases]
+    chosen = [case for case, title in zip(cases, titles, strict=True) if flags.FLAGS.only in title]
+    require(chosen, f"--only={flags.FLAGS.only} is in none of: {'; '.join(titles)}")
     table(kind, chosen, rate, flags.FLAGS.peers and peers_torch.available(), flags.FLAGS.soak)
 
 
@@ -215,9 +231,12 @@ def table(kind: str, cases: Sequence[Case], rate: str, peers: bool, soak: int) -
     for case in cases:
         rows.append(measure(case, 1e9 * tops["copy_gb_per_s"], peers, soak))
         show(rows[-1], rate)
-        write_json(record("table", {"table": kind, "rate": rate, "ceilings": tops, "cases": rows}))
-    wrong = [f"{row['case']} {name}" for row in rows for name, r in row["rows"].items()
+        write_json(record("table", {"table": kind, "rate": rate, "ceilings": tops, "cases": rows, "means": means(rows)}))
+    for m in means(rows):
+        print(f"{m['group']}: {m['first']} is {m['mean']:.2f} times as fast as {m['other']} (geometric mean of "
+              f"{m['cases']}, worst {m['worst']:.2f})")
+    wrong = [f"{row['group']}, {row['case']} {name}" for row in rows for name, r in row["rows"].items()
              if not (r["within"] and r["repeats"])]
-    wrong += [f"{row['case']} {name}" for row, one in zip(rows, cases, strict=True) for name in row["errors"]
+    wrong += [f"{row['group']}, {row['case']} {name}" for row, one in zip(rows, cases, strict=True) for name in row["errors"]
               if one.contestants[name].library == "jax"]
     require(not wrong, f"wrong or missing results: {'; '.join(wrong)}")
