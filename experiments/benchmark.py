@@ -2,11 +2,14 @@
 
 Without a word, step time, compile time and program size of small fixed shapes, against committed ratios (`--update`
 rewrites them). `step` measures one training step of a config (`--config=FILE`, `--config.FIELD=VALUE`,
-`--profile=DIR`). `slice` measures four layers of V3 at full width with the work of one expert-parallel rank. `gemm`,
-`grouped`, `quantize`, `attention` and `loss` check kernels against float32 references and time them beside XLA's and,
-with `--peers`, torch's. `import` generates a checkpoint of `--gigabytes` in `--scratch` and measures the peak memory
-and the speed of importing it. `render` makes the tables of docs/benchmarks.md from docs/benchmarks/*.json, which the
-others write with `--json=FILE`.
+`--profile=DIR`). `slice` measures four layers of V3 at full width with the work of one expert-parallel rank.
+
+`gemm`, `grouped`, `quantize`, `attention` and `loss` check kernels against float32 references and time them beside
+XLA's and, with `--peers`, torch's. `tune` sweeps kernels' parameters into dsv3/kernels/tuning.json.
+
+`import` generates a checkpoint of `--gigabytes` in `--scratch` and measures the peak memory and the speed of importing
+it. `render` makes the tables of docs/benchmarks.md from docs/benchmarks/*.json, which the others write with
+`--json=FILE`.
 """
 
 import os
@@ -26,6 +29,7 @@ from experiments import (
     benchmark_slice,
     benchmark_step,
     benchmark_table,
+    benchmark_tune,
     launch,
 )
 
@@ -37,8 +41,9 @@ if __name__ == "__main__":
     benchmark_step.define_flags()
     benchmark_import.define_flags()
     benchmark_table.define_flags()
+    benchmark_tune.define_flags()
     launch.run_command({
         "shapes": benchmark_shapes.main, "step": benchmark_step.main, "slice": benchmark_slice.main,
         "gemm": benchmark_gemm.main, "grouped": benchmark_grouped.main, "quantize": benchmark_rows.main,
         "attention": benchmark_attention.main, "loss": benchmark_loss.main, "import": benchmark_import.main,
-        "render": benchmark_render.main}, "shapes")
+        "render": benchmark_render.main, "tune": benchmark_tune.main}, "shapes")

@@ -67,7 +67,7 @@ def seconds(batches: dict[str, Batch]) -> dict[str, float]:
 
 
 def device_seconds(programs: dict[str, tuple[jax.stages.Compiled, Sequence]]) -> dict[str, float]:
-    """Seconds a call in which kernels ran, of compiled programs with their sets of inputs, from one trace of them all."""
+    """Seconds a call in which kernels ran, of compiled programs with their inputs, from one trace of them all."""
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             for program, sets in programs.values():

@@ -93,8 +93,9 @@ def case(group: str, m: int, n: int, k: int, *, by_weights: bool) -> Case:
     """out[m, n] over an inner dimension of k; random operands, and bytes of the quantised ones."""
     out_bytes = 4 if by_weights else 2
     scales = 4 * (m * k / TILE + (n * k / TILE if by_weights else n * k / TILE ** 2))
-    return Case(group, f"{m} x {n} x {k}", lambda seed: (normal(2 * seed, m, k), normal(2 * seed + 1, n, k)), contestants(by_weights),
-                2 * m * n * k, m * k + n * k + scales + out_bytes * m * n, FP8_FLOPS)
+    inputs = lambda seed: (normal(2 * seed, m, k), normal(2 * seed + 1, n, k))
+    return Case(group, f"{m} x {n} x {k}", inputs, contestants(by_weights), 2 * m * n * k,
+                m * k + n * k + scales + out_bytes * m * n, FP8_FLOPS)
 
 
 def cases() -> list[Case]:

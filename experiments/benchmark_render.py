@@ -36,9 +36,10 @@ def render_table(data: dict) -> str:
         if name not in case["rows"]:
             return ""
         row = case["rows"][name]
-        if name == next(iter(case["rows"])):
+        if name == case["first"]:
             return f"{row[data['rate']]:.0f} ({row['floor_share']:.0%} of the floor)"
-        return f"{row[data['rate']]:.0f} (× {row['first_is_times_as_fast']:.2f})"
+        ratio = row["first_is_times_as_fast"]
+        return f"{row[data['rate']]:.0f}" + ("" if ratio is None else f" (× {ratio:.2f})")
 
     def line(case: dict) -> list[str]:
         furthest = max(row["distance"] for row in case["rows"].values())
@@ -50,7 +51,8 @@ def render_table(data: dict) -> str:
     header = [unit, "floor, µs", *names, "largest distance", *["beside inputs and outputs, GiB"] * (
         data["table"] == "loss")]
     tops = data["ceilings"]
-    text = f"In the same run: copy {tops['copy_gb_per_s']:.0f} GB/s, bfloat16 product {tops['bf16_tflops']:.0f} TFLOP/s.\n\n"
+    text = (f"In the same run: copy {tops['copy_gb_per_s']:.0f} GB/s, bfloat16 product {tops['bf16_tflops']:.0f} "
+            "TFLOP/s.\n\n")
     text += markdown(header, [line(case) for case in data["cases"] if case["rows"]])
     if data["means"]:
         text += "\n" + markdown(
@@ -101,8 +103,8 @@ RENDERERS: dict[str, Callable[[dict], str]] = {
 
 def render(name: str, data: dict) -> str:
     """What stands between the markers of `name`."""
-    require(data.get("kind") in RENDERERS, f"docs/benchmarks/{name}.json has kind {data.get('kind')!r}; expected one of "
-            f"{', '.join(RENDERERS)}")
+    require(data.get("kind") in RENDERERS, f"docs/benchmarks/{name}.json has kind {data.get('kind')!r}; expected one "
+            f"of {', '.join(RENDERERS)}")
     return caption(data) + RENDERERS[data["kind"]](data)
 
 

@@ -140,8 +140,9 @@ def temporary_bytes(entry: Entry) -> int | None:
 def figures(case: Case, entry: Entry, floor: float, call: float, device: float | None) -> dict:
     """Of one contestant; rates and shares from the time of its kernels where a trace has it."""
     took = device or call
-    return {"us": 1e6 * call, "device_us": None if device is None else 1e6 * device, "tflops": 1e-12 * case.flops / took,
-            "gb_per_s": 1e-9 * case.bytes / took, "floor_share": floor / took, "temporary_bytes": temporary_bytes(entry)}
+    return {"us": 1e6 * call, "device_us": None if device is None else 1e6 * device,
+            "tflops": 1e-12 * case.flops / took, "gb_per_s": 1e-9 * case.bytes / took, "floor_share": floor / took,
+            "temporary_bytes": temporary_bytes(entry)}
 
 
 def measure(case: Case, copy_rate: float, peers: bool, soak: int) -> dict:
@@ -164,11 +165,11 @@ def measure(case: Case, copy_rate: float, peers: bool, soak: int) -> dict:
     rows = {name: figures(case, entry, floor, calls[name], device.get(name)) for name, entry in entries.items()}
     for name, (error, repeats) in checks.items():
         rows[name] |= {"distance": error, "within": bool(error <= case.contestants[name].bound), "repeats": repeats}
-    first = next(iter(rows), None)
+    first = rows.get(next(iter(case.contestants)))
     for row in rows.values():
-        row["first_is_times_as_fast"] = rows[first]["floor_share"] / row["floor_share"]
-    return {"group": case.group, "case": case.name, "flops": case.flops, "bytes": case.bytes, "floor_us": 1e6 * floor, "rows": rows,
-            "errors": errors}
+        row["first_is_times_as_fast"] = first and first["floor_share"] / row["floor_share"]
+    return {"group": case.group, "case": case.name, "flops": case.flops, "bytes": case.bytes,
+            "floor_us": 1e6 * floor, "first": next(iter(case.contestants)), "rows": rows, "errors": errors}
 
 
 def ceilings() -> dict[str, float]:
@@ -188,7 +189,7 @@ def show(row: dict, rate: str) -> None:
         device = "" if r["device_us"] is None else f" ({r['device_us']:.1f} in kernels)"
         wrong = "" if r["within"] and r["repeats"] else "  WRONG" if r["repeats"] else "  NOT REPEATABLE"
         print(f"    {name:28s} {r['us']:9.1f} us{device} {r[rate]:7.0f} {'TFLOP/s' if rate == 'tflops' else 'GB/s'} "
-              f"{r['floor_share']:5.0%} of the floor, first x {r['first_is_times_as_fast']:.2f}, "
+              f"{r['floor_share']:5.0%} of the floor, first x {r['first_is_times_as_fast'] or 0:.2f}, "
               f"distance {r['distance']:.2g}{wrong}")
     for name, error in row["errors"].items():
         print(f"    {name:28s} {error}", flush=True)
@@ -198,7 +199,7 @@ def means(rows: Sequence[dict]) -> list[dict]:
     """How many times as fast the first contestant is as each other: geometric mean and worst case of every group."""
     found = []
     for group in dict.fromkeys(row["group"] for row in rows):
-        cases = [row["rows"] for row in rows if row["group"] == group and row["rows"]]
+        cases = [row["rows"] for row in rows if row["group"] == group and row["first"] in row["rows"]]
         for name in dict.fromkeys(name for case in cases for name in list(case)[1:]):
             ratios = [case[name]["first_is_times_as_fast"] for case in cases if name in case]
             found.append({"group": group, "first": next(iter(cases[0])), "other": name, "cases": len(ratios),
@@ -215,13 +216,19 @@ def define_flags() -> None:
 
 def run(kind: str, cases: Sequence[Case], rate: str, overrides: Sequence[str]) -> None:
     """The whole command: measure, print, write; fails in the end if any of ours was wrong."""
-    require(not overrides, f"`benchmark {kind}` has fixed shapes; --config fields belong to `benchmark step` and `slice`")
+    require(not overrides, f"`benchmark {kind}` has fixed shapes; --config fields belong to `step` and `slice`")
     device = jax.devices()[0]
     require(is_hopper(device), f"`benchmark {kind}` needs a Hopper GPU; the default device is {device.device_kind}")
     titles = [f"{case.group}, {case.name}" for case in cases]
     chosen = [case for case, title in zip(cases, titles, strict=True) if flags.FLAGS.only in title]
     require(chosen, f"--only={flags.FLAGS.only} is in none of: {'; '.join(titles)}")
     table(kind, chosen, rate, flags.FLAGS.peers and peers_torch.available(), flags.FLAGS.soak)
+
+
+def bad(case: Case, row: dict) -> list[str]:
+    """Contestants whose result was wrong or not repeatable, and those of ours that did not run."""
+    wrong = [name for name, r in row["rows"].items() if not (r["within"] and r["repeats"])]
+    return wrong + [name for name in row["errors"] if case.contestants[name].library == "jax"]
 
 
 def table(kind: str, cases: Sequence[Case], rate: str, peers: bool, soak: int) -> None:
@@ -231,12 +238,11 @@ def table(kind: str, cases: Sequence[Case], rate: str, peers: bool, soak: int) -
     for case in cases:
         rows.append(measure(case, 1e9 * tops["copy_gb_per_s"], peers, soak))
         show(rows[-1], rate)
-        write_json(record("table", {"table": kind, "rate": rate, "ceilings": tops, "cases": rows, "means": means(rows)}))
+        write_json(record("table", {
+            "table": kind, "rate": rate, "ceilings": tops, "cases": rows, "means": means(rows)}))
     for m in means(rows):
         print(f"{m['group']}: {m['first']} is {m['mean']:.2f} times as fast as {m['other']} (geometric mean of "
               f"{m['cases']}, worst {m['worst']:.2f})")
-    wrong = [f"{row['group']}, {row['case']} {name}" for row in rows for name, r in row["rows"].items()
-             if not (r["within"] and r["repeats"])]
-    wrong += [f"{row['group']}, {row['case']} {name}" for row, one in zip(rows, cases, strict=True) for name in row["errors"]
-              if one.contestants[name].library == "jax"]
+    wrong = [f"{case.group}, {case.name}: {name}"
+             for case, row in zip(cases, rows, strict=True) for name in bad(case, row)]
     require(not wrong, f"wrong or missing results: {'; '.join(wrong)}")

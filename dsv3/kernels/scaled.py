@@ -10,7 +10,7 @@ TILE = 128
 
 
 class Tiles(NamedTuple):
-    """A matrix in 8 bits with one scale for every 128 elements of a row: `values` [R, C], float32 `scales` [C / 128, R].
+    """A matrix in 8 bits with a scale for every 128 elements of a row: `values` [R, C], float32 `scales` [C / 128, R].
 
     R and C are multiples of 128; padding has values 0 and scale 1. value * scale is the number.
     """
