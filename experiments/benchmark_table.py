@@ -118,12 +118,16 @@ def reference(contestant: Contestant, inputs: Sequence):
         return jax.jit(contestant.expected)(*inputs)
 
 
-def prepared(case: Case, name: str) -> Entry:
-    """Compile, and draw as many inputs as the cache cannot hold."""
+def draw(case: Case, prepare: Callable) -> list:
+    """As many sets of inputs as the cache cannot hold."""
+    prepare = jax.jit(prepare)
+    first = prepare(*case.inputs(0))
+    return [first, *(prepare(*case.inputs(seed)) for seed in range(1, copies_needed(first)))]
+
+
+def enter(case: Case, name: str, sets: list) -> Entry:
+    """Compile, or hand over to torch."""
     contestant = case.contestants[name]
-    prepare = jax.jit(contestant.prepare)
-    sets = [prepare(*case.inputs(0))]
-    sets += [prepare(*case.inputs(seed)) for seed in range(1, copies_needed(sets[0]))]
     if contestant.library == "torch":
         return Entry(contestant.run, [peers_torch.to_torch(inputs) for inputs in sets], contestant)
     return Entry(compiled(contestant.run, f"{case.group} {case.name} {name}", sets[0]), sets, contestant)
@@ -147,12 +151,14 @@ def figures(case: Case, entry: Entry, floor: float, call: float, device: float |
 
 def measure(case: Case, copy_rate: float, peers: bool, soak: int) -> dict:
     """A row of the table. A contestant that fails says so in `errors`, and the others go on."""
-    entries, checks, errors = {}, {}, {}
+    entries, checks, errors, drawn = {}, {}, {}, {}
     for name, contestant in case.contestants.items():
         if contestant.library == "torch" and not peers:
             continue
         try:
-            entry = prepared(case, name)
+            if contestant.prepare not in drawn:  # those who take the same inputs share them
+                drawn[contestant.prepare] = draw(case, contestant.prepare)
+            entry = enter(case, name, drawn[contestant.prepare])
             checks[name] = check(entry, soak)
             entries[name] = entry
         except Exception as error:  # of any library: one that refuses a shape is a result too

@@ -132,10 +132,12 @@ def attention_gradients(q_BTHX, k_BTHX, v_BTHU, d_o_BTHU, scale: float):
 
 
 def loss_gradients(x_TD, w_DV, targets_T):
-    """Cross-entropy with all logits at once: the sum of losses, and gradients of x and w."""
+    """Cross-entropy with all logits at once, as `benchmark_loss.gradients`: losses, bad argmaxes, d_x, d_w."""
     x, w = (a.detach().requires_grad_() for a in (x_TD, w_DV))
-    total = torch.nn.functional.cross_entropy((x @ w).float(), targets_T.long(), reduction="sum")
-    return total, *torch.autograd.grad(total, (x, w))
+    logits_TV = (x @ w).float()
+    nll_T = torch.nn.functional.cross_entropy(logits_TV, targets_T.long(), reduction="none")
+    bad_T = (logits_TV.argmax(dim=1) >= w.shape[1]).int()
+    return nll_T, bad_T, *torch.autograd.grad(nll_T.sum(), (x, w))
 
 
 SLICE = dict(
