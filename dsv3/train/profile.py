@@ -17,7 +17,7 @@ RULES = (
     ("norms and elementwise", r"Transformer", None),
     ("optimizer", r"", None),
 )
-"""(kind, pattern of the operation's name in the program, pattern of the kernel's name where the operation has none): the
+"""(kind, pattern of the operation in the program, pattern of the kernel where the operation has no name): the
 first that matches."""
 
 
