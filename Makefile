@@ -14,7 +14,7 @@ help:
 	@echo "make train   train configs/tiny.py on the standard library's source, then print results and a sample"
 	@echo "make test    run all tests"
 	@echo "make lint    check style"
-	@echo "make bench   measure step time, compile time and program size on this machine"
+	@echo "make bench   measure step time, compile time and program size on this machine; render docs/benchmarks.md"
 	@echo "make docs    run the notebooks again and keep their outputs"
 	@echo "make clean   remove .venv and caches (runs/ is kept)"
 
@@ -35,6 +35,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(PYTHON) -m experiments.benchmark
+	$(PYTHON) -m experiments.benchmark render
 
 docs: $(READY)
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb

@@ -18,7 +18,8 @@ from dsv3.config import Config, constant, require
 from dsv3.model.ops import reference_ops
 from dsv3.train.throughput import measured_matmul_flops
 from experiments import launch
-from experiments.benchmark_step import measure, prepare, write_json
+from experiments.benchmark_record import record, write_json
+from experiments.benchmark_step import measure, prepare
 
 REPEATS = flags.DEFINE_integer("repeats", 20, "timed steps; the median is reported")
 UPDATE = flags.DEFINE_bool("update", False, "rewrite the committed ratios with this run's")
@@ -84,4 +85,4 @@ def main(overrides: Sequence[str]) -> None:
               f"{row['program_lines']:15d} {row['mfu']:5.0%}")
     for line in compare(measured, kind, UPDATE.value):
         print(f"warning: {line}")
-    write_json(rows)
+    write_json(record("shapes", {"rows": rows}))

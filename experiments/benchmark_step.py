@@ -1,11 +1,9 @@
 """One training step of a config on random tokens: time, MFU, memory, and where the time goes."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -23,6 +21,7 @@ from dsv3.train.profile import breakdown
 from dsv3.train.step import Knobs, StepMetrics, TrainState, make_init, make_recipe, make_train_step
 from dsv3.train.throughput import peak_flops
 from experiments import launch
+from experiments.benchmark_record import record, write_json
 
 WARM_UP = 3
 TRACED = 2
@@ -33,12 +32,6 @@ def define_flags() -> None:
     flags.DEFINE_string("config", None, "step: a file with get_config()")
     flags.DEFINE_integer("steps", 8, "step: timed steps; the median is reported")
     flags.DEFINE_string("profile", None, "step: write a profiler trace here and print its breakdown by kind")
-
-
-def write_json(figures) -> None:
-    """To `--json`, if that is given."""
-    if flags.FLAGS.json:
-        Path(flags.FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def random_batches(config: Config) -> Batch:
@@ -123,9 +116,9 @@ def main(overrides: Sequence[str]) -> None:
           f"{1e3 * figures['slowest_seconds']:.1f} over {flags.FLAGS.steps}), "
           f"{figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu']:.1%}, "
           f"peak {figures['peak_gib']:.1f} GiB, compiled in {figures['compile_seconds']:.1f} s", flush=True)
-    write_json(figures)
+    write_json(record("step", figures))
     if flags.FLAGS.profile:
         figures["breakdown_seconds"] = profiled(bench, flags.FLAGS.profile)
         for kind, seconds in figures["breakdown_seconds"].items():
             print(f"{1e3 * seconds:10.2f} ms  {kind}")
-        write_json(figures)
+        write_json(record("step", figures))

@@ -1,6 +1,6 @@
 """What can be known of cuDNN attention without a GPU: the mask, the layout around the primitives, what is kept.
 
-The numbers of cuDNN itself are compared with the reference by `benchmark kernels` on a GPU.
+The numbers of cuDNN itself are compared with the reference by `benchmark attention` on a GPU.
 """
 
 import jax

@@ -1,6 +1,6 @@
 """The Hopper kernel, interpreted on the CPU, against the reference: the product and both gradients.
 
-Interpretation runs every matrix instruction at once, so it cannot show a race: `benchmark kernels` repeats the
+Interpretation runs every matrix instruction at once, so it cannot show a race: `benchmark grouped` repeats the
 comparison on a GPU.
 """
 

@@ -24,6 +24,11 @@ FORWARD, BACKWARD = LAYER.format("jvp(Transformer)"), LAYER.format("transpose(jv
     ("loop_fusion", BACKWARD + "attn/mul", "norms and elementwise"),
     ("loop_fusion", "jit(step)/mul", "optimizer"),
     ("loop_fusion", "", "optimizer"),
+    ("nvjet_tst", "", "dense products"),
+    ("kernel_mosaic_gpu_kernel", "", "grouped products"),
+    ("kernel_mosaic_gpu_kernel", FORWARD + "attn/kernel/mpmd_map", "dense products"),
+    ("quantize_rows_mosaic_gpu_kernel", "", "quantisation"),
+    ("kernel_mosaic_gpu_kernel", FORWARD + "moe/experts/quantize_rows/mpmd_map", "quantisation"),
 ])
 def test_every_operation_has_its_kind(kernel, operation, kind):
     assert kind_of(kernel, operation) == kind
@@ -32,6 +37,35 @@ def test_every_operation_has_its_kind(kernel, operation, kind):
 def test_names_are_read_off_a_compiled_program():
     step = jax.jit(lambda x: jnp.sin(x @ x)).lower(jnp.ones((8, 8))).compile()
     assert any("dot_general" in name for name in operation_names(step.as_text()).values())
+
+
+PROGRAM = """HloModule jit_step
+
+%sliced (p: f32[2]) -> f32[2] {
+  %s.1 = f32[2]{0} dynamic-slice(%p), metadata={op_name="jit(step)/slice"}
+  %g.1 = f32[2]{0} custom-call(%s.1), metadata={op_name="jit(step)/_head_loss/dot_general"}
+  ROOT %u.1 = f32[2]{0} dynamic-update-slice(%g.1), metadata={op_name="jit(step)/update"}
+}
+
+%plain (p: f32[2]) -> f32[2] {
+  %a.1 = f32[2]{0} negate(%p), metadata={op_name="jit(step)/first"}
+  ROOT %b.1 = f32[2]{0} add(%a.1), metadata={op_name="jit(step)/last"}
+}
+
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %fusion.1 = f32[2]{0} fusion(%p), kind=kCustom, calls=%sliced, metadata={scheduling_name="fusion.1"}
+  %fusion.2 = f32[2]{0} fusion(%p), kind=kLoop, calls=%plain
+  %fusion.3 = f32[2]{0} fusion(%p), kind=kLoop, calls=%plain, metadata={op_name="jit(step)/own"}
+  ROOT %copy.1 = f32[2]{0} copy(%p)
+}
+"""
+
+
+def test_a_nameless_fusion_is_called_by_what_it_holds():
+    """A product between slices is the product; the trace shows only the fusion."""
+    names = operation_names(PROGRAM)
+    assert names["fusion.1"] == "jit(step)/_head_loss/dot_general" and names["fusion.2"] == "jit(step)/last"
+    assert names["fusion.3"] == "jit(step)/own" and "copy.1" not in names
 
 
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=12))

@@ -1,0 +1,110 @@
+"""Dense products of V3 with a scale for every tile: python -m experiments.benchmark gemm [--peers] [--only=TEXT]
+
+`out[m, n] = a[m, k] b[n, k]^T` over the six products of a layer, forward, by rows (dgrad: n and k change places) and by
+weights (wgrad: both operands 1 x 128 along tokens, float32 out); m = 4096 as in training, 64 and 128 as in decoding.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles
+from dsv3.quant import tiles as quant
+from dsv3.quant.formats import E4M3
+from experiments import benchmark_table, peers_torch
+from experiments.benchmark_table import FP8_FLOPS, Case, Contestant, normal
+
+SHAPES = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
+"""(n, k) of q_a with kv_a, q_b, kv_b, o, gate_up and down of one expert."""
+TOKENS, DECODED = 4096, (64, 128)
+
+
+def whole(size: int) -> int:
+    """`size` in whole tiles."""
+    return -(-size // TILE) * TILE
+
+
+def to_tiles(x_MK: jax.Array) -> Tiles:
+    """1 x 128 along the rows of x, padded to whole tiles."""
+    m, k = x_MK.shape
+    x = jnp.pad(x_MK, ((0, whole(m) - m), (0, whole(k) - k)))
+    values, scales = quant.quantize(x, E4M3, quant.ALONG_ROWS, power_of_two=False)
+    return Tiles(values, scales.T)
+
+
+def to_blocks(w_NK: jax.Array) -> Blocks:
+    """128 x 128 over the last two axes, padded to whole blocks."""
+    n, k = w_NK.shape[-2:]
+    w = jnp.pad(w_NK, [(0, 0)] * (w_NK.ndim - 2) + [(0, whole(n) - n), (0, whole(k) - k)])
+    return Blocks(*quant.quantize(w, E4M3, quant.BLOCK, power_of_two=False))
+
+
+def whole_fours(blocks: Blocks) -> Blocks:
+    """Scales as cuBLASLt wants them: their rows filled to a multiple of four."""
+    return blocks._replace(scales=jnp.pad(blocks.scales, ((0, 0), (0, -blocks.scales.shape[1] % 4))))
+
+
+def decode(operand: Tiles | Blocks) -> jax.Array:
+    """float32."""
+    if isinstance(operand, Tiles):
+        return decode_tiles(operand)
+    return decode_blocks(operand._replace(scales=operand.scales[..., :operand.values.shape[-1] // TILE]))
+
+
+def cublas_contestant(second: Callable, prepare: Callable = lambda a, b: (a, b)) -> Contestant:
+    """Of what `prepare` makes a [m, k] and b [n, k]; `second` is how b is quantised."""
+    def quantised(*inputs):
+        a, b = prepare(*inputs)
+        return to_tiles(a), whole_fours(second(b)) if second is to_blocks else second(b)
+
+    return Contestant(
+        peers_torch.scaled_dot, lambda a, b: decode(a) @ decode(b).T, quantised, library="torch")
+
+
+def decoded_dot(a: Tiles, b: Tiles | Blocks, out_dtype: jnp.dtype) -> jax.Array:
+    """What stock XLA can do: decode both to bfloat16, one product."""
+    a, b = (decode(operand).astype(jnp.bfloat16) for operand in (a, b))
+    return jnp.dot(a, b.T, preferred_element_type=out_dtype)
+
+
+def plain_dot(a: jax.Array, b: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    """bfloat16 operands, as the bfloat16 model multiplies."""
+    return jnp.dot(a, b.T, preferred_element_type=out_dtype)
+
+
+SCALED: dict[str, Callable] = {"decoded by XLA": decoded_dot}
+"""Products of quantised operands (a, b, out_dtype); the fastest first: it is what ratios compare with."""
+
+
+def contestants(by_weights: bool) -> dict[str, Contestant]:
+    """Everybody, for one pass."""
+    out_dtype = jnp.float32 if by_weights else jnp.bfloat16
+    second = to_tiles if by_weights else to_blocks
+    prepare = lambda a, b: (to_tiles(a), second(b))
+    expected = lambda a, b: decode(a) @ decode(b).T
+    rows = {name: Contestant(lambda a, b, f=f: f(a, b, out_dtype), expected, prepare) for name, f in SCALED.items()}
+    rows["bfloat16 by XLA"] = Contestant(
+        lambda a, b: plain_dot(a, b, out_dtype), lambda a, b: a.astype(jnp.float32) @ b.astype(jnp.float32).T)
+    return rows | {"cuBLASLt, block-scaled": cublas_contestant(second)}
+
+
+def case(group: str, m: int, n: int, k: int, *, by_weights: bool) -> Case:
+    """out[m, n] over an inner dimension of k; random operands, and bytes of the quantised ones."""
+    out_bytes = 4 if by_weights else 2
+    scales = 4 * (m * k / TILE + (n * k / TILE if by_weights else n * k / TILE ** 2))
+    inputs = lambda seed: (normal(2 * seed, m, k), normal(2 * seed + 1, n, k))
+    return Case(group, f"{m} x {n} x {k}", inputs, contestants(by_weights), 2 * m * n * k,
+                m * k + n * k + scales + out_bytes * m * n, FP8_FLOPS)
+
+
+def cases() -> list[Case]:
+    forward = [case(f"forward, m = {m}", m, n, k, by_weights=False)
+               for m in (TOKENS, *DECODED) for n, k in SHAPES]
+    by_rows = [case("by rows", TOKENS, k, n, by_weights=False) for n, k in SHAPES]
+    by_weights = [case("by weights", k, n, TOKENS, by_weights=True) for n, k in SHAPES]
+    return forward + by_rows + by_weights
+
+
+def main(overrides: Sequence[str]) -> None:
+    benchmark_table.run("gemm", cases(), "tflops", overrides)

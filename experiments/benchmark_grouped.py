@@ -1,0 +1,155 @@
+"""Products of rows with the matrix of their own expert: python -m experiments.benchmark grouped [--peers] [--only=TEXT]
+
+Forward, by rows and by weights (float32 out), at V3's experts in 4 to 256 groups and at small_moe's; even, skewed and
+with empty groups. Operations count real rows; the kernels also pass over what pads every group to blocks of 128.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3.kernels.grouped_dot import block_experts, block_starts, grouped_dot, padded_rows
+from dsv3.kernels.grouped_dot_hopper import BLOCK, STEP, grouped_dot_hopper, rows_times_experts, weight_gradient
+from experiments import benchmark_table, peers_torch
+from experiments.benchmark_gemm import cublas_contestant, to_blocks
+from experiments.benchmark_table import BF16_FLOPS, Case, Contestant, normal
+
+GATE_UP, DOWN = (7168, 4096), (2048, 7168)
+EXPERTS = {
+    "4 x 8192, gate_up": (4, 32_768, *GATE_UP), "4 x 8192, down": (4, 32_768, *DOWN),
+    "8 x 4096, gate_up": (8, 32_768, *GATE_UP), "8 x 4096, down": (8, 32_768, *DOWN),
+    "32 x 1024, gate_up": (32, 32_768, *GATE_UP), "32 x 256, gate_up": (32, 8_192, *GATE_UP),
+    "256 x 128, 2048 x 1024": (256, 32_768, 2048, 1024), "small_moe gate_up": (64, 262_144, 1280, 1024),
+    "small_moe down": (64, 262_144, 512, 1280),
+}
+"""(experts, rows in all, in, out)."""
+SKEW = 0.3
+"""Shares of skewed groups run from 1 - SKEW to 1 + SKEW of the mean."""
+
+
+def group_sizes(load: str, n_experts: int, n_rows: int) -> np.ndarray:
+    """Real rows of every expert, int32 [E], `n_rows` in all: `even`, `skewed`, or every third group `empty`."""
+    shares = {"even": np.ones(n_experts), "skewed": np.random.default_rng(0).permutation(
+        np.linspace(1 - SKEW, 1 + SKEW, n_experts)), "empty": np.arange(n_experts) % 3 != 1}[load]
+    ends = np.round(np.cumsum(shares) / np.sum(shares) * n_rows).astype(np.int32)
+    return np.diff(ends, prepend=0).astype(np.int32)
+
+
+def real_rows(rows_JD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Zero in the rows of padding."""
+    starts = block_starts(sizes_E, BLOCK)
+    row_J1 = jnp.arange(len(rows_JD))[:, None]
+    real_J = jnp.any((row_J1 >= starts[None]) & (row_J1 < (starts + sizes_E)[None]), axis=1)
+    return jnp.where(real_J[:, None], rows_JD, 0)
+
+
+def _float32(function: Callable) -> Callable:
+    """`function` of arrays in float32."""
+    wide = lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+    return lambda *inputs: function(*(wide(x) for x in inputs))
+
+
+def ends(sizes_E: jax.Array) -> jax.Array:
+    """Where torch's groups end: every group with its padding, int32 [E]."""
+    return (block_starts(sizes_E, BLOCK) + -(-sizes_E // BLOCK) * BLOCK).astype(jnp.int32)
+
+
+def by_ends(rows_JD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array) -> jax.Array:
+    """The reference: every expert multiplies all rows and keeps its own, those from the end before to its end."""
+    expert_J1 = jnp.searchsorted(ends_E, jnp.arange(len(rows_JD)), side="right")[:, None]
+
+    def one(out, inputs):
+        expert, w = inputs
+        return jnp.where(expert_J1 == expert, rows_JD @ w, out), None
+
+    out = jnp.zeros((len(rows_JD), w_EDF.shape[2]), rows_JD.dtype)
+    return jax.lax.scan(one, out, (jnp.arange(len(w_EDF)), w_EDF))[0]
+
+
+def by_groups(rows_JD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """`by_ends`; rows past the last group are zeros."""
+    return by_ends(rows_JD, w_EDF, ends(sizes_E))
+
+
+def weights_by_groups(rows_JD: jax.Array, d_out_JF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """The reference of the weight gradient: one masked product an expert."""
+    start_E, row_J1 = block_starts(sizes_E, BLOCK), jnp.arange(len(rows_JD))[:, None]
+    one = lambda bounds: jnp.where((row_J1 >= bounds[0]) & (row_J1 < bounds[1]), rows_JD, 0).T @ d_out_JF
+    return jax.lax.map(one, (start_E, start_E + sizes_E))
+
+
+def forward_bf16(rows_JD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, transpose: bool) -> jax.Array:
+    expert_Z = block_experts(sizes_E, len(rows_JD) // BLOCK, BLOCK)
+    return rows_times_experts(rows_JD, expert_Z, w_EDF, transpose=transpose)
+
+
+def weights_bf16(rows_JD: jax.Array, d_out_JF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return weight_gradient(rows_JD, block_starts(sizes_E, BLOCK), -(-sizes_E // STEP), d_out_JF)
+
+
+def contestants(transpose: bool, n_real: int, n_padded: int) -> dict[str, Contestant]:
+    """Forward, or by rows with `transpose`; the fastest first. torch gets the rows up to the end of the last group.
+
+    cuBLASLt multiplies `n_real` rows with one matrix: the same n and k without groups.
+    """
+    turned = lambda w_EDF: w_EDF.swapaxes(1, 2) if transpose else w_EDF
+    expected = _float32(lambda rows, w, sizes: by_groups(rows, turned(w), sizes))
+    return {
+        "bfloat16": Contestant(lambda *inputs: forward_bf16(*inputs, transpose=transpose), expected),
+        "torch grouped_mm, bfloat16": Contestant(
+            peers_torch.grouped_dot, _float32(by_ends),
+            lambda rows, w, sizes: (rows[:n_padded], turned(w), ends(sizes)), library="torch"),
+        "cuBLASLt, block-scaled, dense": cublas_contestant(
+            to_blocks, lambda rows, w, sizes: (rows[:n_real], w[0] if transpose else w[0].T)),
+    }
+
+
+def cases_of(name: str, load: str, n_experts: int, n_rows: int, n_in: int, n_out: int) -> list[Case]:
+    """Forward, by rows and by weights of one shape."""
+    sizes_E = jnp.asarray(group_sizes(load, n_experts, n_rows))
+    padded = padded_rows(n_rows, n_experts, BLOCK)
+    rows = lambda seed, width: real_rows(normal(seed, padded, width), sizes_E)
+    weights = lambda seed: normal(seed, n_experts, n_in, n_out)
+    n_padded = int(ends(sizes_E)[-1])
+    flops = 2 * n_rows * n_in * n_out
+    moved = 2 * (n_rows * (n_in + n_out) + n_experts * n_in * n_out)
+    return [
+        Case(f"forward, {load}", name, lambda seed: (rows(2 * seed, n_in), weights(2 * seed + 1), sizes_E),
+             contestants(False, n_rows, n_padded), flops, moved, BF16_FLOPS),
+        Case(f"by rows, {load}", name, lambda seed: (rows(2 * seed, n_out), weights(2 * seed + 1), sizes_E),
+             contestants(True, n_rows, n_padded), flops, moved, BF16_FLOPS),
+        Case(f"by weights, {load}", name, lambda seed: (rows(2 * seed, n_in), rows(2 * seed + 1, n_out), sizes_E),
+             {"bfloat16": Contestant(weights_bf16, _float32(weights_by_groups))},
+             flops, moved + 2 * n_experts * n_in * n_out, BF16_FLOPS),
+    ]
+
+
+def gradients_case() -> Case:
+    """Value and both gradients of the differentiable form against the reference: skewed groups, two of them empty."""
+    sizes_E, (n_in, n_out) = jnp.array([130, 0, 5, 128, 700, 1, 64, 0], jnp.int32), (256, 384)
+    n_rows = padded_rows(int(sizes_E.sum()), len(sizes_E), BLOCK)
+
+    def inputs(seed):
+        return (real_rows(normal(seed, n_rows, n_in), sizes_E), normal(seed, len(sizes_E), n_in, n_out,
+                dtype=jnp.float32), normal(seed + 1, n_rows, n_out))
+
+    def of(product, rows, w, d_out):
+        out, vjp = jax.vjp(lambda rows, w: product(rows, sizes_E, w, BLOCK), rows, w)
+        return out, *vjp(d_out)
+
+    contestant = Contestant(lambda *a: of(grouped_dot_hopper, *a), lambda *a: of(grouped_dot, *a))
+    flops = 6 * int(sizes_E.sum()) * n_in * n_out
+    return Case("check", "values and gradients, empty groups", inputs, {"bfloat16": contestant}, flops, 0, BF16_FLOPS)
+
+
+def cases() -> list[Case]:
+    even = [case for name, shape in EXPERTS.items() for case in cases_of(name, "even", *shape)]
+    other = [case for load in ("skewed", "empty") for name in ("8 x 4096, gate_up", "8 x 4096, down")
+             for case in cases_of(name, load, *EXPERTS[name])]
+    return [gradients_case(), *even, *other]
+
+
+def main(overrides: Sequence[str]) -> None:
+    benchmark_table.run("grouped", cases(), "tflops", overrides)

@@ -1,0 +1,204 @@
+"""The runner of kernel tables: what is wrong is found, what is refused is named, and ratios compare with the first."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3.config import UserError
+from experiments import benchmark_table
+from experiments.benchmark_attention import cases_of as attention_cases
+from experiments.benchmark_attention import few_heads_at_once, inputs_of
+from experiments.benchmark_clock import CACHE_BYTES, compiled, copies_needed, device_seconds, n_bytes, seconds
+from experiments.benchmark_gemm import case as gemm_case
+from experiments.benchmark_gemm import decode, to_blocks, to_tiles, whole_fours
+from experiments.benchmark_grouped import by_groups, ends, group_sizes, real_rows, weights_by_groups
+from experiments.benchmark_loss import case as loss_case
+from experiments.benchmark_record import command
+from experiments.benchmark_rows import dispatch_cases, quantize_cases
+from experiments.benchmark_table import Case, Contestant, bad, distance, means, measure
+
+COPY_RATE = 1e10
+
+
+def toy(**contestants):
+    inputs = lambda seed: (jax.random.normal(jax.random.key(seed), (64, 64)),)
+    return Case("group", "toy", inputs, contestants, 64 ** 2, 8 * 64 ** 2, 1e12)
+
+
+def slow(x):
+    for _ in range(60):
+        x = jax.lax.optimization_barrier(x @ jnp.eye(64))
+    return x + 1
+
+
+good = Contestant(lambda x: x + 1, lambda x: x + 1.0)
+
+
+def test_a_row_has_the_time_the_share_of_the_floor_and_the_ratio_to_the_first():
+    case = toy(ours=Contestant(slow, good.expected), other=good)
+    row = measure(case, COPY_RATE, False, soak=2)
+    ours, other = row["rows"]["ours"], row["rows"]["other"]
+    assert bad(case, row) == [] and row["errors"] == {}
+    assert row["floor_us"] == pytest.approx(1e6 * 8 * 64 ** 2 / COPY_RATE)
+    assert ours["floor_share"] == pytest.approx(row["floor_us"] / ours["device_us"])
+    assert ours["first_is_times_as_fast"] == 1 and other["first_is_times_as_fast"] < 0.5
+    assert 0 < other["device_us"] < ours["device_us"] and ours["device_us"] < 20 * ours["us"]
+
+
+def test_means_are_geometric_within_a_group_and_name_the_worst():
+    row = lambda group, **ratios: {"group": group, "first": "ours", "rows": {
+        name: {"first_is_times_as_fast": ratio} for name, ratio in ({"ours": 1.0} | ratios).items()}}
+    rows = [row("a", peer=2.0, other=1.5), row("a", peer=0.5), row("b", peer=3.0),
+            {"group": "b", "first": "ours", "rows": {}}]
+    assert [(m["group"], m["other"], m["cases"], round(m["mean"], 9), m["worst"]) for m in means(rows)] == [
+        ("a", "peer", 2, 1.0, 0.5), ("a", "other", 1, 1.5, 1.5), ("b", "peer", 1, 3.0, 3.0)]
+
+
+@pytest.mark.parametrize("fault", [
+    lambda x: (x + 1).at[3, 5].set(jnp.nan),  # a hole where poisoned memory shines through
+    lambda x: x + 1.05,
+    lambda x: jnp.zeros_like(x),
+])
+def test_a_wrong_result_is_named(fault):
+    case = toy(ours=good, other=Contestant(fault, good.expected))
+    assert bad(case, measure(case, COPY_RATE, False, soak=0)) == ["other"]
+
+
+def test_a_result_that_changes_is_named():
+    state = itertools.count()
+    changing = lambda x: x + 1 + jax.pure_callback(
+        lambda: np.float32(1e-6 * next(state)), jax.ShapeDtypeStruct((), jnp.float32))
+    case = toy(ours=Contestant(changing, good.expected))
+    row = measure(case, COPY_RATE, False, soak=2)
+    assert row["rows"]["ours"]["within"] and bad(case, row) == ["ours"]
+
+
+def test_one_that_cannot_run_is_named_and_the_others_go_on():
+    def refuse(x):
+        raise NotImplementedError("no such shape\nand a long story")
+
+    case = toy(ours=Contestant(refuse, good.expected), other=good)
+    row = measure(case, COPY_RATE, False, soak=0)
+    assert row["errors"] == {"ours": "NotImplementedError: no such shape"} and bad(case, row) == ["ours"]
+    assert row["rows"]["other"]["first_is_times_as_fast"] is None and means([row]) == []
+
+
+def test_the_command_fails_in_the_end_if_anything_was_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_table, "write_json", lambda record: None)
+    case = toy(ours=Contestant(lambda x: x, good.expected))
+    with pytest.raises(UserError, match="wrong or missing results: group, toy: ours"):
+        benchmark_table.table("toy", [case], "tflops", False, 0)
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_distance_is_the_largest_of_a_tree_and_sees_what_comparison_hides():
+    one = jnp.ones((4,))
+    assert distance((one, 3 * one), (one, 2 * one)) == pytest.approx(0.5)
+    assert distance(0 * one, 0 * one) == 0 and distance(one, 0 * one) == math.inf
+    assert math.isnan(distance((one, one.at[0].set(jnp.nan)), (one, one)))
+    assert math.isnan(distance((one.at[0].set(jnp.nan), one), (one, one)))
+
+
+def test_calls_take_turns_over_more_than_the_cache():
+    for size in (1000, 2 ** 20, CACHE_BYTES // 4, CACHE_BYTES, 3 * CACHE_BYTES):
+        array = jax.ShapeDtypeStruct((size,), jnp.int8)
+        assert copies_needed(array) == 8 or copies_needed(array) * n_bytes(array) > CACHE_BYTES
+    assert copies_needed(jax.ShapeDtypeStruct((3 * CACHE_BYTES,), jnp.int8)) == 1
+
+
+def test_seconds_are_medians_of_rounds_in_turn():
+    """A slow batch is slower by its factor; one bad round of five changes nothing."""
+    rounds, order = {"a": 0, "b": 0}, []
+
+    def fake(name, per_call):
+        def batch(calls):
+            rounds[name] += 1
+            order.append(name)
+            return calls * per_call * (100 if rounds[name] == 5 else 1)
+
+        return batch
+
+    assert seconds({"a": fake("a", 1e-3), "b": fake("b", 3e-3)}) == pytest.approx({"a": 1e-3, "b": 3e-3})
+    assert "".join(order[-10:]) == "ab" * 5
+
+
+def test_device_seconds_tell_programs_apart():
+    x = jax.random.normal(jax.random.key(0), (64, 64))
+    programs = {name: (compiled(run, f"{name}, (odd) name", (x,)), [(x,)])
+                for name, run in {"fast": lambda x: x @ x, "slow": slow}.items()}
+    took = device_seconds(programs)
+    assert 0 < took["fast"] < 0.2 * took["slow"] < 0.1
+
+
+@pytest.mark.parametrize("cases", [
+    lambda: [gemm_case("forward", 64, 212, 384, by_weights=False), gemm_case("w", 256, 128, 384, by_weights=True)],
+    lambda: [*quantize_cases(200, 256), *dispatch_cases("toy", 64, 32, 4)],
+    lambda: [loss_case(64, 32, 500, (16, 64))],
+], ids=["gemm", "quantize", "loss"])
+def test_every_contestant_that_runs_here_is_right(cases):
+    for case in cases():
+        row = measure(case, COPY_RATE, False, soak=1)
+        assert row["rows"] and bad(case, row) == [] and row["errors"] == {}
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_the_attention_reference_agrees_with_all_heads_at_once(segments):
+    """`few_heads_at_once`, where heads are several groups, through the same contestant that cuDNN takes."""
+    from dsv3.kernels.attention import causal_attention
+    from experiments.benchmark_attention import contestant
+
+    inputs = inputs_of(0, 1, 32, 8, segments)
+    assert len(jnp.unique(inputs[-1])) > 1 or not segments
+    both = contestant(causal_attention, True, segments)
+    assert distance(both.run(*inputs), both.expected(*inputs)) < 0.01
+    assert len(attention_cases("toy", 1, 32, 8)) == 2
+    shifted = (*inputs[:4], inputs[4] + 1, *inputs[5:])
+    assert distance(both.run(*shifted), both.expected(*inputs)) > 0.1
+    assert few_heads_at_once(*inputs[:5], segment_ids_BT=None).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("load", ["even", "skewed", "empty"])
+def test_group_sizes(load):
+    sizes = group_sizes(load, 8, 4096)
+    assert sizes.sum() == 4096 and sizes.dtype == np.int32
+    assert (load == "even") == (sizes.max() == 512 == sizes.min())
+    assert load != "skewed" or 1.25 < sizes.max() / sizes.mean() < 1.35
+    assert load != "empty" or (sizes == 0).sum() == 3
+
+
+def test_grouped_references_against_a_loop():
+    sizes = jnp.array([130, 0, 5, 128], jnp.int32)
+    rows = real_rows(jax.random.normal(jax.random.key(0), (640, 16)), sizes)
+    d_out = real_rows(jax.random.normal(jax.random.key(1), (640, 24)), sizes)
+    w = jax.random.normal(jax.random.key(2), (4, 16, 24))
+    starts = [0, 256, 256, 384]
+    assert ends(sizes).tolist() == [256, 256, 384, 512]
+    out, d_w = np.zeros((640, 24)), np.zeros((4, 16, 24))
+    for expert, (start, size) in enumerate(zip(starts, sizes.tolist(), strict=True)):
+        part = slice(start, start + size)
+        out[part] = np.asarray(rows[part], np.float64) @ np.asarray(w[expert])
+        d_w[expert] = np.asarray(rows[part], np.float64).T @ np.asarray(d_out[part])
+    assert distance(by_groups(rows, w, sizes), jnp.asarray(out)) < 1e-5
+    assert distance(weights_by_groups(rows, d_out, sizes), jnp.asarray(d_w)) < 1e-5
+
+
+def test_operands_are_padded_and_decode_to_what_they_were():
+    w = jax.random.normal(jax.random.key(0), (212, 300))
+    blocks, tiles = to_blocks(w), to_tiles(w)
+    assert blocks.values.shape == (256, 384) and blocks.scales.shape == (2, 3)
+    assert tiles.values.shape == (256, 384) and tiles.scales.shape == (3, 256)
+    wide = whole_fours(blocks)
+    assert wide.scales.shape == (2, 4)
+    for operand in (blocks, tiles, wide):
+        whole = decode(operand)
+        assert distance(whole[:212, :300], w) < 0.04
+        assert not jnp.any(whole[212:]) and not jnp.any(whole[:, 300:])
+
+
+def test_a_command_is_recorded_without_what_is_private():
+    line = ["/somewhere/python3", "-m", "experiments.benchmark", "gemm", "--peers", "--json=/tmp/x.json", "--only=a b"]
+    assert command(line) == "python -m experiments.benchmark gemm --peers '--only=a b'"

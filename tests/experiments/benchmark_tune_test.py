@@ -1,0 +1,82 @@
+"""`benchmark tune` on a toy kernel: the fastest right candidate wins, wrong ones and refused ones never do."""
+
+import json
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv3.config import UserError
+from dsv3.kernels.tuning import tuned
+from experiments import benchmark_tune
+from experiments.benchmark_tune import Timed, Tunable, cross, sweep, tune, write
+
+
+class Settings(NamedTuple):
+    passes: int = 40
+    wrong: bool = False
+    refused: bool = False
+
+
+def toy(candidates, shapes=((64, 64),)):
+    """Repeated products that cancel out: `passes` costs time and changes nothing."""
+    def make(shape, settings):
+        def function(x):
+            if settings.refused:
+                raise NotImplementedError("no such layout")
+            turn = jnp.eye(shape[1], dtype=x.dtype)[::-1]
+            for _ in range(2 * settings.passes):
+                x = jax.lax.optimization_barrier(x @ turn)
+            return x.at[0, 0].set(jnp.nan) if settings.wrong else x
+
+        return function
+
+    return Tunable("toy", shapes, lambda shape: candidates, make,
+                   lambda shape, seed: (jax.random.normal(jax.random.key(seed), shape),), lambda x: x)
+
+
+def test_the_fastest_right_candidate_wins_and_is_what_the_kernel_then_asks_for(tmp_path, capsys):
+    path = tmp_path / "tuning.json"
+    path.write_text(json.dumps({"another GPU": {"toy": {"64x64": {"parameters": {"passes": 9}}}}}))
+    candidates = [Settings(), Settings(passes=1, wrong=True), Settings(passes=1, refused=True), Settings(passes=2)]
+    tune([toy(candidates, ((64, 64), (32, 64)))], path, only="64x")
+    table, kind = json.loads(path.read_text()), jax.devices()[0].device_kind
+    assert tuned(kind, "toy", (64, 64), Settings(), table) == Settings(passes=2)
+    assert tuned(kind, "toy", (32, 64), Settings(), table) == Settings(), "only=64x leaves this shape alone"
+    assert tuned("another GPU", "toy", (64, 64), Settings(), table) == Settings(passes=9)
+    said = capsys.readouterr().out
+    assert "passes 1, wrong True, refused False: WRONG, distance nan" in said
+    assert "passes 1, wrong False, refused True: no such layout" in said
+    assert "passes 40, wrong False, refused False (default)" in said
+
+
+def test_a_kernel_without_a_right_candidate_is_an_error():
+    with pytest.raises(UserError, match="no candidate of toy is right at 64x64"):
+        sweep(toy([Settings(wrong=True)]), (64, 64))
+
+
+def test_finalists_are_ordered_by_their_second_timing(monkeypatch):
+    """The first pass of six is lucky for a slow one; the second of four decides."""
+    passes = iter([
+        {str(index): seconds for index, seconds in enumerate((6, 5, 4, 3, 2, 1))},
+        {"5": 2.5, "4": 2.0, "3": 3.0, "2": 4.0}])
+    monkeypatch.setattr(benchmark_tune, "device_seconds", lambda programs: {
+        index: seconds for index, seconds in next(passes).items() if index in programs})
+    timed = sweep(toy([Settings(passes=index) for index in range(6)]), (8, 8))
+    assert [row.parameters.passes for row in timed] == [4, 5, 3, 2, 1, 0]
+
+
+def test_cross_has_every_combination_the_last_name_fastest():
+    assert cross(Settings, passes=(1, 2), wrong=(False, True)) == [
+        Settings(1, False), Settings(1, True), Settings(2, False), Settings(2, True)]
+
+
+def test_write_keeps_its_evidence(tmp_path):
+    path = tmp_path / "tuning.json"
+    path.write_text("{}")
+    write(path, "GPU", "toy", (4, 8), Timed(Settings(3), 1.5e-6))
+    entry = json.loads(path.read_text())["GPU"]["toy"]["4x8"]
+    assert entry == {"parameters": {"passes": 3, "wrong": False, "refused": False}, "us": 1.5, "jax": jax.__version__,
+                     "date": time.strftime("%Y-%m-%d")}
