@@ -1,0 +1,103 @@
+"""Quantisation in tiles on Hopper: along rows, along columns, or both from one read (report section 3.3.2).
+
+Every step takes a square of 128 x 128 elements through shared memory. One warpgroup reads its rows and one its columns,
+so that each tile of 128 elements lies in four threads, and the codes go back by way of shared memory as whole lines.
+Bytes moved per bfloat16 element: 2 in, 1 out for each form.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv3.config.quant import Operand
+from dsv3.kernels.scaled import Tiles
+from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
+from dsv3.kernels.tile_hopper import MATRIX, ROWS, TILE, dtype_of, quantize_piece
+
+ONE_FORM, BOTH_FORMS = Streaming(stages=2, blocks=2, split=2), Streaming(stages=2, blocks=2, split=1)
+"""Best on an H100."""
+
+
+class Form(NamedTuple):
+    """One quantised copy: its operand, and whether its tiles run along columns, so that it is stored transposed."""
+
+    operand: Operand
+    columns: bool
+
+
+def padded(x_MK: jax.Array) -> jax.Array:
+    """With zeros to whole squares."""
+    widths = [(0, -size % TILE) for size in x_MK.shape]
+    return jnp.pad(x_MK, widths) if any(right for _, right in widths) else x_MK
+
+
+def out_types(form: Form, m: int, k: int) -> list[jax.ShapeDtypeStruct]:
+    """Values and scales of a form of [m, k]."""
+    rows, columns = (k, m) if form.columns else (m, k)
+    return [jax.ShapeDtypeStruct((rows, columns), dtype_of(form.operand)),
+            jax.ShapeDtypeStruct((columns // TILE, rows), jnp.float32)]
+
+
+def staging(form: Form) -> list[Piece]:
+    """Values and scales of one square."""
+    return [Piece((TILE, TILE), dtype_of(form.operand)), Piece((TILE,), jnp.float32)]
+
+
+def write_square(form: Form, part: jax.Array, split: int, i, j, piece: Callable, staged, outputs) -> None:
+    """One warpgroup's part of the square (i, j) of a form: `piece(rows)` gives values and scales of 64 of its rows."""
+    reuse()
+    per_part = TILE // split
+    for start in range(0, per_part, ROWS):
+        rows = pl.ds(part * per_part + start, ROWS)
+        staged[0][rows], staged[1][rows] = piece(rows)
+    plgpu.commit_smem()
+    row, column = (j, i) if form.columns else (i, j)
+    mine, rows = pl.ds(part * per_part, per_part), pl.ds(row * TILE + part * per_part, per_part)
+    plgpu.copy_smem_to_gmem(staged[0].at[mine], outputs[0].at[rows, pl.ds(column * TILE, TILE)])
+    plgpu.copy_smem_to_gmem(staged[1].at[mine], outputs[1].at[column, rows])
+
+
+def quantize_forms(x_MK: jax.Array, forms: list[Form], settings: Streaming) -> list[Tiles]:
+    """Every form of a bfloat16 matrix from one read."""
+    x_MK = padded(x_MK)
+    m, k = x_MK.shape
+
+    def work(group, i, j, pieces, staged, outputs):
+        for index, form in enumerate(forms):
+            square = pieces[0].transpose((1, 0)) if form.columns else pieces[0]
+            pair = slice(2 * index, 2 * index + 2)
+
+            @pl.when(lax.div(group, settings.split) == index)
+            def _(form=form, square=square, pair=pair):
+                piece = lambda rows: quantize_piece(plgpu.load(square.at[rows], layout=MATRIX), form.operand)
+                part = lax.rem(group, settings.split)
+                write_square(form, part, settings.split, i, j, piece, staged[pair], outputs[pair])
+
+    out = stream(
+        work, (x_MK,), sum((out_types(form, m, k) for form in forms), []), tiles=(m // TILE, k // TILE),
+        pieces=[Piece((TILE, TILE), x_MK.dtype)],
+        source=lambda i, j, x_ref: [x_ref.at[pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)]],
+        staging=sum((staging(form) for form in forms), []), warpgroups=len(forms) * settings.split, settings=settings)
+    return [Tiles(*out[2 * index:2 * index + 2]) for index in range(len(forms))]
+
+
+def quantize_rows(x_MK: jax.Array, operand: Operand, settings: Streaming = ONE_FORM) -> Tiles:
+    """Tiles along features: what the forward product and the gradient of its input read."""
+    return quantize_forms(x_MK, [Form(operand, columns=False)], settings)[0]
+
+
+def quantize_columns(x_MK: jax.Array, operand: Operand, settings: Streaming = ONE_FORM) -> Tiles:
+    """Tiles along tokens, transposed: what the gradient of a weight reads."""
+    return quantize_forms(x_MK, [Form(operand, columns=True)], settings)[0]
+
+
+def quantize_both(
+        x_MK: jax.Array, rows_operand: Operand, columns_operand: Operand,
+        settings: Streaming = BOTH_FORMS) -> tuple[Tiles, Tiles]:
+    """`quantize_rows` and `quantize_columns` from one read."""
+    return tuple(quantize_forms(x_MK, [Form(rows_operand, False), Form(columns_operand, True)], settings))

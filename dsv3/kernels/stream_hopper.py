@@ -1,0 +1,112 @@
+"""The frame of the memory-bound Hopper kernels: tiles stream through shared memory, ahead of the arithmetic.
+
+A few thread blocks stay on every multiprocessor and take the tiles of the output in turn. The copy engine brings the
+inputs of a block's next tiles while its warpgroups work on the present one; they leave their results in shared memory,
+from where the copy engine writes them out. Several blocks on a multiprocessor hide each other's latencies.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+MULTIPROCESSORS = 132
+"""Of an H100 or H200 (SXM); on any other number the kernels are right, only less evenly spread."""
+
+
+class Streaming(NamedTuple):
+    """What is tuned: tiles in flight in a thread block, thread blocks on a multiprocessor, warpgroups to one output."""
+
+    stages: int
+    blocks: int
+    split: int
+    multiprocessors: int = MULTIPROCESSORS
+
+
+class Piece(NamedTuple):
+    """An array in shared memory."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def smem(self, stages: int | None):
+        """Room for it, or for `stages` of them: matrices swizzled, so that neither rows nor columns share banks."""
+        return plgpu.SMEM(
+            self.shape if stages is None else (stages, *self.shape), self.dtype, transforms=transforms(self))
+
+
+def transforms(piece: Piece) -> tuple:
+    """The layout of rows of at least 128 bytes that the copy engine and the matrix loads agree on."""
+    width = 128 // jnp.dtype(piece.dtype).itemsize
+    if len(piece.shape) < 2 or piece.shape[-1] % width:
+        return ()
+    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)
+
+
+def stream(
+        work: Callable, arguments: tuple[jax.Array, ...], out_type: list, *, tiles: tuple[int, int],
+        pieces: list[Piece], source: Callable, staging: list[Piece], warpgroups: int, settings: Streaming):
+    """Run `work` on every tile (i, j).
+
+    `source(i, j, *inputs)` gives the parts of the arguments that fill `pieces`; `work(group, i, j, pieces, staging,
+    outputs)` is one warpgroup's share, which starts with `reuse()` before it writes its own part of `staging`.
+    """
+    tall, wide = tiles
+    stages, n_blocks = settings.stages, min(settings.blocks * settings.multiprocessors, tall * wide)
+
+    def kernel(*refs):
+        inputs, outputs = refs[:len(arguments)], refs[len(arguments):]
+        scoped = partial(
+            pl.run_scoped,
+            slots=[piece.smem(stages) for piece in pieces],
+            staged=[piece.smem(None) for piece in staging],
+            full=plgpu.Barrier(num_arrivals=len(pieces), num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+            collective_axes="warpgroup")
+
+        @scoped
+        def _(slots, staged, full, empty):
+            block, group = lax.axis_index("block"), lax.axis_index("warpgroup")
+            steps = lax.div(tall * wide - 1 - block, n_blocks) + 1
+            place = lambda step: (lax.div(block + step * n_blocks, wide), lax.rem(block + step * n_blocks, wide))
+
+            def load(step):
+                slot = lax.rem(step, jnp.int32(stages))
+                for part, room in zip(source(*place(step), *inputs), slots, strict=True):
+                    plgpu.copy_gmem_to_smem(part, room.at[slot], full.at[slot])
+
+            @pl.when(group == 0)
+            def _():
+                for ahead in range(stages):
+                    pl.when(ahead < steps)(partial(load, jnp.int32(ahead)))
+
+            def one_tile(step, carry):
+                slot = lax.rem(step, jnp.int32(stages))
+                plgpu.barrier_wait(full.at[slot])
+                work(group, *place(step), [room.at[slot] for room in slots], staged, outputs)
+                plgpu.barrier_arrive(empty.at[slot])
+
+                @pl.when(group == 0)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+                    pl.when(step + stages < steps)(partial(load, step + stages))
+
+                return carry
+
+            lax.fori_loop(jnp.int32(0), steps, one_tile, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+    return plgpu.kernel(
+        kernel, out_type=out_type, grid=(n_blocks,), grid_names=("block",), num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup))(*arguments)
+
+
+def reuse() -> None:
+    """Wait until the copy engine has read what this warpgroup staged last."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -1,0 +1,198 @@
+"""Every memory-bound Hopper kernel against its reference, to the bit, and its speed as a share of a measured copy."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3.config.quant import Operand
+from dsv3.kernels import quantize_hopper
+from dsv3.kernels.scaled import Tiles
+from dsv3.kernels.stream_hopper import Streaming
+from dsv3.quant.formats import format_of, round_to
+from dsv3.quant.tiles import scale_of
+
+E4M3 = Operand(format="e4m3", tile="inner", power_of_two=False)
+E5M2_POWER = Operand(format="e5m2", tile="inner", power_of_two=True)
+E5M6_POWER = Operand(format="e5m6", tile="inner", power_of_two=True)
+REPEATS = 100
+"""Runs whose results must be equal to the bit: a race shows as a difference."""
+
+
+class Case(NamedTuple):
+    """A kernel with its settings, the same in jnp, its inputs at a shape, and the bytes it must move there.
+
+    `exact`: equal to the bit. Otherwise exponentials or sums in another order may move an element to a neighbouring
+    code, or a scale by a last bit.
+    """
+
+    kernel: Callable
+    reference: Callable
+    inputs: Callable
+    settings: dict
+    small: tuple
+    shapes: list
+    exact: bool
+
+
+def normal(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
+    """Rows of many magnitudes."""
+    keys = jax.random.split(jax.random.key(seed))
+    x = jax.random.normal(keys[0], shape, jnp.float32)
+    return (x * jnp.exp2(jax.random.uniform(keys[1], (*shape[:-1], 1), minval=-20, maxval=20))).astype(dtype)
+
+
+def wild(seed: int, *shape: int) -> jax.Array:
+    """With tiles of zeros, subnormals, infinities and NaNs."""
+    x = normal(seed, *shape).at[3].set(0).at[5].set(1e-40).at[7, 1].set(jnp.inf).at[9, 40].set(jnp.nan)
+    return x.at[:, 17].set(-0.0)
+
+
+def rows_in_jnp(x_MK: jax.Array, operand: Operand) -> Tiles:
+    fmt = format_of(operand.format)
+    # The largest of the bits of magnitudes: XLA's maximum of numbers loses NaNs on a CPU.
+    magnitudes = jax.lax.bitcast_convert_type(jnp.abs(x_MK.astype(jnp.float32)), jnp.int32)
+    amax = jnp.max(magnitudes.reshape(len(x_MK), -1, 128), axis=-1)
+    scales = scale_of(jax.lax.bitcast_convert_type(amax, jnp.float32), fmt, power_of_two=operand.power_of_two)
+    scaled = x_MK.astype(jnp.float32) * jnp.repeat(1 / scales, 128, axis=1)
+    values = round_to(scaled, fmt).astype(jnp.bfloat16) if fmt.dtype is None else scaled.astype(fmt.dtype)
+    return Tiles(values, scales.T)
+
+
+def settings_of(name: str, *choices: tuple[int, int, int]) -> dict:
+    return {f"{name} {choice}": Streaming(*choice) for choice in choices}
+
+
+TOKENS = [(4096, 7168), (16384, 7168), (32768, 7168)]
+ONE_FORM = [(1, 2, 1), (1, 3, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (3, 2, 2), (1, 2, 2), (4, 1, 2), (2, 1, 2)]
+TWO_FORMS = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (3, 1, 1), (2, 1, 2), (3, 1, 2), (4, 1, 2)]
+
+CASES = {
+    "rows": Case(
+        lambda x, s: quantize_hopper.quantize_rows(x, E4M3, s), lambda x: rows_in_jnp(x, E4M3),
+        lambda m, k: [normal(0, m, k)], settings_of("rows", *ONE_FORM), (384, 512), TOKENS, True),
+    "columns": Case(
+        lambda x, s: quantize_hopper.quantize_columns(x, E4M3, s), lambda x: rows_in_jnp(x.T, E4M3),
+        lambda m, k: [normal(0, m, k)], settings_of("columns", *ONE_FORM), (384, 512), TOKENS, True),
+    "both": Case(
+        lambda x, s: quantize_hopper.quantize_both(x, E4M3, E4M3, s),
+        lambda x: (rows_in_jnp(x, E4M3), rows_in_jnp(x.T, E4M3)),
+        lambda m, k: [normal(0, m, k)], settings_of("both", *TWO_FORMS), (384, 512), TOKENS, True),
+    "both, special numbers": Case(
+        lambda x, s: quantize_hopper.quantize_both(x, E5M2_POWER, E5M6_POWER, s),
+        lambda x: (rows_in_jnp(x, E5M2_POWER), rows_in_jnp(x.T, E5M6_POWER)),
+        lambda m, k: [wild(0, m, k)], settings_of("both", (2, 1, 1)), (384, 512), [], True),
+}
+
+
+def bits(x: jax.Array) -> jax.Array:
+    """Its bits as integers, one number for every NaN."""
+    integer = jax.lax.bitcast_convert_type(x, f"int{8 * x.dtype.itemsize}")
+    return jnp.where(jnp.isnan(x.astype(jnp.float32)), jnp.iinfo(integer.dtype).max, integer)
+
+
+@jax.jit
+def differing(actual, expected) -> list[jax.Array]:
+    """The share of elements of every array that differ in their bits."""
+    return [jnp.mean(bits(a) != bits(b), dtype=jnp.float32)
+            for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)]
+
+
+def poison(like) -> None:
+    """Leave memory of the sizes of these arrays full of NaNs, for the next program to be given."""
+    jax.block_until_ready([jnp.full(x.shape, jnp.nan, x.dtype) for x in jax.tree.leaves(like)])
+
+
+def seconds(function: Callable, *arguments, repeats: int = 20) -> float:
+    """Median over five batches of `repeats` calls of a compiled function."""
+    jax.block_until_ready([function(*arguments) for _ in range(2)])
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready([function(*arguments) for _ in range(repeats)])
+        times.append((time.perf_counter() - start) / repeats)
+    return sorted(times)[2]
+
+
+def copy_rate() -> float:
+    """GB/s of a large copy, bytes read and written."""
+    big = jnp.ones((2 ** 14, 2 ** 15), jnp.bfloat16)
+    return 2e-9 * big.nbytes / seconds(jax.jit(lambda x: x * 2), big, repeats=10)
+
+
+def check(case: Case, setting) -> str:
+    """A line that starts with `ok` or says what is wrong."""
+    inputs = case.inputs(*case.small)
+    expected = jax.jit(case.reference)(*inputs)
+    run = jax.jit(lambda *a: case.kernel(*a, setting)).lower(*inputs).compile()
+    poison(expected)
+    first = run(*inputs)
+    shares = [float(share) for share in differing(first, expected)]
+    changes = 0.0
+    for _ in range(REPEATS - 1):
+        changes += sum(float(share) for share in differing(run(*inputs), first))
+    bound = 0 if case.exact else 0.01
+    verdict = "ok" if max(shares) <= bound and changes == 0 else "WRONG"
+    shares = " ".join(f"{share:.2g}" for share in shares)
+    return f"{verdict} differing {shares}, changes over {REPEATS} runs {changes:.2g}"
+
+
+def moved(inputs, outputs) -> int:
+    """Bytes of all inputs and outputs."""
+    return sum(x.nbytes for x in jax.tree.leaves((inputs, outputs)))
+
+
+def measure(case: Case, shape, setting, copy: float) -> str:
+    inputs = case.inputs(*shape)
+    kernel = jax.jit(lambda *a: case.kernel(*a, setting))
+    n_bytes = moved(inputs, jax.eval_shape(kernel, *inputs))
+    time_s = seconds(kernel, *inputs)
+    return f"{1e6 * time_s:9.1f} us {1e-9 * n_bytes / time_s:6.0f} GB/s {1e-9 * n_bytes / time_s / copy:6.1%} of a copy"
+
+
+def reference_line(case: Case, shape) -> str:
+    inputs = case.inputs(*shape)
+    time_s = seconds(jax.jit(case.reference), *inputs, repeats=5)
+    n_bytes = moved(inputs, jax.eval_shape(case.reference, *inputs))
+    return f"{1e6 * time_s:9.1f} us {1e-9 * n_bytes / time_s:6.0f} GB/s"
+
+
+def attempt(function: Callable, *arguments) -> str:
+    """Its line, or the first line of what it raised: one kernel that fails must not hide the others."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # noqa: BLE001
+        return f"FAILED {type(error).__name__}: {str(error).splitlines()[0][:160]}"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`arguments`: a pattern of the cases to run (all without one); `quick` times only the first shape of each."""
+    quick = "quick" in arguments
+    pattern = next((argument for argument in arguments if argument != "quick"), "")
+    print(f"{jax.devices()[0].device_kind}, jax {version('jax')}")
+    copy = copy_rate()
+    print(f"copy {copy:.0f} GB/s", flush=True)
+    for name, case in CASES.items():
+        if not re.search(pattern, name):
+            continue
+        right = {}
+        for label, setting in case.settings.items():
+            line = attempt(check, case, setting)
+            right[label] = line.startswith("ok")
+            print(f"{name:24} {label:24} {line}", flush=True)
+        for shape in case.shapes[:1] if quick else case.shapes:
+            print(f"{name:24} {'jnp':24} {shape!s:22} {attempt(reference_line, case, shape)}", flush=True)
+            for label, setting in case.settings.items():
+                if right[label]:
+                    line = attempt(measure, case, shape, setting, copy)
+                    print(f"{name:24} {label:24} {shape!s:22} {line}", flush=True)
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])
