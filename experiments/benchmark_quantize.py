@@ -17,6 +17,7 @@ from dsv3.quant.formats import format_of, round_to
 from dsv3.quant.tiles import scale_of
 
 E4M3 = Operand(format="e4m3", tile="inner", power_of_two=False)
+E4M3_POWER = Operand(format="e4m3", tile="inner", power_of_two=True)
 E5M2_POWER = Operand(format="e5m2", tile="inner", power_of_two=True)
 E5M6_POWER = Operand(format="e5m6", tile="inner", power_of_two=True)
 REPEATS = 100
@@ -63,6 +64,11 @@ def rows_in_jnp(x_MK: jax.Array, operand: Operand) -> Tiles:
     return Tiles(values, scales.T)
 
 
+def numbers_of(tiles: Tiles) -> jax.Array:
+    """float32."""
+    return tiles.values.astype(jnp.float32) * jnp.repeat(tiles.scales.T, 128, axis=1)
+
+
 def settings_of(name: str, *choices: tuple[int, int, int]) -> dict:
     return {f"{name} {choice}": Streaming(*choice) for choice in choices}
 
@@ -70,6 +76,8 @@ def settings_of(name: str, *choices: tuple[int, int, int]) -> dict:
 TOKENS = [(4096, 7168), (16384, 7168), (32768, 7168)]
 ONE_FORM = [(1, 2, 1), (1, 3, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (3, 2, 2), (1, 2, 2), (4, 1, 2), (2, 1, 2)]
 TWO_FORMS = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (3, 1, 1), (2, 1, 2), (3, 1, 2), (4, 1, 2)]
+
+REQUANTIZE = [(1, 2, 1), (1, 3, 1), (2, 2, 1), (1, 2, 2), (1, 3, 2), (2, 2, 2), (3, 2, 2), (4, 1, 2)]
 
 CASES = {
     "rows": Case(
@@ -86,6 +94,16 @@ CASES = {
         lambda x, s: quantize_hopper.quantize_both(x, E5M2_POWER, E5M6_POWER, s),
         lambda x: (rows_in_jnp(x, E5M2_POWER), rows_in_jnp(x.T, E5M6_POWER)),
         lambda m, k: [wild(0, m, k)], settings_of("both", (2, 1, 1)), (384, 512), [], True),
+    "requantize columns": Case(
+        lambda v, c, s: quantize_hopper.requantize_columns(Tiles(v, c), E4M3_POWER, s),
+        lambda v, c: rows_in_jnp(numbers_of(Tiles(v, c)).T, E4M3_POWER),
+        lambda m, k: list(jax.jit(lambda x: rows_in_jnp(x, E4M3))(normal(0, m, k))),
+        settings_of("requantize", *REQUANTIZE), (384, 512), TOKENS[:2], True),
+    "requantize E5M6": Case(
+        lambda v, c, s: quantize_hopper.requantize_columns(Tiles(v, c), E4M3_POWER, s),
+        lambda v, c: rows_in_jnp(numbers_of(Tiles(v, c)).T, E4M3_POWER),
+        lambda m, k: list(jax.jit(lambda x: rows_in_jnp(x, E5M6_POWER))(normal(0, m, k))),
+        settings_of("requantize", (2, 2, 1), (2, 2, 2)), (384, 512), TOKENS[:2], True),
 }
 
 

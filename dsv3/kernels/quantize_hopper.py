@@ -16,10 +16,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config.quant import Operand
 from dsv3.kernels.scaled import Tiles
-from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
-from dsv3.kernels.tile_hopper import MATRIX, ROWS, TILE, dtype_of, quantize_piece
+from dsv3.kernels.stream_hopper import Piece, Step, Streaming, reuse, stream
+from dsv3.kernels.tile_hopper import MATRIX, PER_COLUMN, ROWS, TILE, along_columns, dtype_of, quantize_piece
 
-ONE_FORM, BOTH_FORMS = Streaming(stages=2, blocks=2, split=2), Streaming(stages=2, blocks=2, split=1)
+ONE_FORM = Streaming(stages=2, blocks=2, split=2)
+BOTH_FORMS = Streaming(stages=2, blocks=2, split=1)
+REQUANTIZE = Streaming(stages=2, blocks=2, split=2)
 """Best on an H100."""
 
 
@@ -48,18 +50,23 @@ def staging(form: Form) -> list[Piece]:
     return [Piece((TILE, TILE), dtype_of(form.operand)), Piece((TILE,), jnp.float32)]
 
 
-def write_square(form: Form, part: jax.Array, split: int, i, j, piece: Callable, staged, outputs) -> None:
-    """One warpgroup's part of the square (i, j) of a form: `piece(rows)` gives values and scales of 64 of its rows."""
+def write_square(form: Form, part: jax.Array, split: int, step: Step, piece: Callable, staged, outputs) -> None:
+    """One warpgroup's part of a square of a form: `piece(rows)` gives values and scales of 64 of its rows."""
     reuse()
     per_part = TILE // split
     for start in range(0, per_part, ROWS):
         rows = pl.ds(part * per_part + start, ROWS)
         staged[0][rows], staged[1][rows] = piece(rows)
     plgpu.commit_smem()
-    row, column = (j, i) if form.columns else (i, j)
+    row, column = (step.j, step.i) if form.columns else (step.i, step.j)
     mine, rows = pl.ds(part * per_part, per_part), pl.ds(row * TILE + part * per_part, per_part)
     plgpu.copy_smem_to_gmem(staged[0].at[mine], outputs[0].at[rows, pl.ds(column * TILE, TILE)])
     plgpu.copy_smem_to_gmem(staged[1].at[mine], outputs[1].at[column, rows])
+
+
+def square_of(ref, i, j):
+    """The square (i, j) of a matrix in device memory."""
+    return ref.at[pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)]
 
 
 def quantize_forms(x_MK: jax.Array, forms: list[Form], settings: Streaming) -> list[Tiles]:
@@ -67,21 +74,20 @@ def quantize_forms(x_MK: jax.Array, forms: list[Form], settings: Streaming) -> l
     x_MK = padded(x_MK)
     m, k = x_MK.shape
 
-    def work(group, i, j, pieces, staged, outputs):
+    def work(step, pieces, staged, outputs):
         for index, form in enumerate(forms):
             square = pieces[0].transpose((1, 0)) if form.columns else pieces[0]
             pair = slice(2 * index, 2 * index + 2)
 
-            @pl.when(lax.div(group, settings.split) == index)
+            @pl.when(lax.div(step.group, settings.split) == index)
             def _(form=form, square=square, pair=pair):
                 piece = lambda rows: quantize_piece(plgpu.load(square.at[rows], layout=MATRIX), form.operand)
-                part = lax.rem(group, settings.split)
-                write_square(form, part, settings.split, i, j, piece, staged[pair], outputs[pair])
+                part = lax.rem(step.group, settings.split)
+                write_square(form, part, settings.split, step, piece, staged[pair], outputs[pair])
 
     out = stream(
         work, (x_MK,), sum((out_types(form, m, k) for form in forms), []), tiles=(m // TILE, k // TILE),
-        pieces=[Piece((TILE, TILE), x_MK.dtype)],
-        source=lambda i, j, x_ref: [x_ref.at[pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)]],
+        pieces=[Piece((TILE, TILE), x_MK.dtype)], source=lambda i, j, x_ref: [square_of(x_ref, i, j)],
         staging=sum((staging(form) for form in forms), []), warpgroups=len(forms) * settings.split, settings=settings)
     return [Tiles(*out[2 * index:2 * index + 2]) for index in range(len(forms))]
 
@@ -101,3 +107,39 @@ def quantize_both(
         settings: Streaming = BOTH_FORMS) -> tuple[Tiles, Tiles]:
     """`quantize_rows` and `quantize_columns` from one read."""
     return tuple(quantize_forms(x_MK, [Form(rows_operand, False), Form(columns_operand, True)], settings))
+
+
+def requantize_columns(tiles_MK: Tiles, operand: Operand, settings: Streaming = REQUANTIZE) -> Tiles:
+    """`quantize_columns` of the numbers that tiles stand for (report section 3.5.2).
+
+    The matrix loads transpose 16-bit elements only, so codes of 8 bits are widened in shared memory, which is exact.
+    """
+    values, scales = tiles_MK
+    (m, k), form, wide = values.shape, Form(operand, columns=True), jnp.dtype(values.dtype).itemsize == 2
+
+    def work(step, pieces, staged, outputs):
+        codes, row_scales = pieces
+        if wide:
+            square = codes
+        else:
+            square = staged[2]
+            step.meet()  # all have read the square before
+            for start in range(0, TILE // settings.split, ROWS):
+                rows = pl.ds(step.group * (TILE // settings.split) + start, ROWS)
+                square[rows] = plgpu.load(codes.at[rows], layout=MATRIX).astype(jnp.float16)
+            step.meet()
+        square = square.transpose((1, 0))
+
+        def piece(rows):
+            x = plgpu.load(square.at[rows], layout=MATRIX).astype(jnp.float32)
+            return quantize_piece(x * along_columns(plgpu.load(row_scales, layout=PER_COLUMN), x), operand)
+
+        write_square(form, step.group, settings.split, step, piece, staged[:2], outputs)
+
+    return Tiles(*stream(
+        work, (values, scales), out_types(form, m, k), tiles=(m // TILE, k // TILE),
+        pieces=[Piece((TILE, TILE), values.dtype), Piece((TILE,), jnp.float32)],
+        source=lambda i, j, values_ref, scales_ref: [
+            square_of(values_ref, i, j), scales_ref.at[j, pl.ds(i * TILE, TILE)]],
+        staging=staging(form) + ([] if wide else [Piece((TILE, TILE), jnp.float16)]),
+        warpgroups=settings.split, settings=settings))

@@ -40,6 +40,21 @@ class Piece(NamedTuple):
             self.shape if stages is None else (stages, *self.shape), self.dtype, transforms=transforms(self))
 
 
+class Step(NamedTuple):
+    """Which warpgroup works on which tile."""
+
+    group: jax.Array
+    i: jax.Array
+    j: jax.Array
+    met: Any
+
+    def meet(self) -> None:
+        """Wait for all warpgroups of the thread block; what each wrote to shared memory is there for all."""
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.met)
+        plgpu.barrier_wait(self.met)
+
+
 def transforms(piece: Piece) -> tuple:
     """The layout of rows of at least 128 bytes that the copy engine and the matrix loads agree on."""
     width = 128 // jnp.dtype(piece.dtype).itemsize
@@ -53,8 +68,8 @@ def stream(
         pieces: list[Piece], source: Callable, staging: list[Piece], warpgroups: int, settings: Streaming):
     """Run `work` on every tile (i, j).
 
-    `source(i, j, *inputs)` gives the parts of the arguments that fill `pieces`; `work(group, i, j, pieces, staging,
-    outputs)` is one warpgroup's share, which starts with `reuse()` before it writes its own part of `staging`.
+    `source(i, j, *inputs)` gives the parts of the arguments that fill `pieces`; `work(step, pieces, staging, outputs)`
+    is one warpgroup's share, which calls `reuse()` before it writes what it copies out of `staging`.
     """
     tall, wide = tiles
     stages, n_blocks = settings.stages, min(settings.blocks * settings.multiprocessors, tall * wide)
@@ -67,10 +82,11 @@ def stream(
             staged=[piece.smem(None) for piece in staging],
             full=plgpu.Barrier(num_arrivals=len(pieces), num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+            met=plgpu.Barrier(num_arrivals=warpgroups),
             collective_axes="warpgroup")
 
         @scoped
-        def _(slots, staged, full, empty):
+        def _(slots, staged, full, empty, met):
             block, group = lax.axis_index("block"), lax.axis_index("warpgroup")
             steps = lax.div(tall * wide - 1 - block, n_blocks) + 1
             place = lambda step: (lax.div(block + step * n_blocks, wide), lax.rem(block + step * n_blocks, wide))
@@ -88,7 +104,7 @@ def stream(
             def one_tile(step, carry):
                 slot = lax.rem(step, jnp.int32(stages))
                 plgpu.barrier_wait(full.at[slot])
-                work(group, *place(step), [room.at[slot] for room in slots], staged, outputs)
+                work(Step(group, *place(step), met), [room.at[slot] for room in slots], staged, outputs)
                 plgpu.barrier_arrive(empty.at[slot])
 
                 @pl.when(group == 0)

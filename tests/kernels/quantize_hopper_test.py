@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config.quant import Operand
-from dsv3.kernels.quantize_hopper import quantize_both, quantize_columns, quantize_rows
+from dsv3.kernels.quantize_hopper import quantize_both, quantize_columns, quantize_rows, requantize_columns
 from dsv3.kernels.scaled import Tiles
 from dsv3.kernels.stream_hopper import Streaming
 from dsv3.kernels.tile_hopper import reciprocal, repaired
@@ -78,6 +78,16 @@ def test_every_tile_is_written_whatever_the_streaming(streaming):
     x_MK = wild(1, 384, 256)
     assert_same(interpreted(lambda x: quantize_rows(x, E4M3, streaming), x_MK), reference(x_MK, E4M3))
     assert_same(interpreted(lambda x: quantize_columns(x, E4M3, streaming), x_MK), reference(x_MK.T, E4M3))
+
+
+@pytest.mark.parametrize("kept", [OPERANDS[0], OPERANDS[3], OPERANDS[5]], ids=name_of)
+@pytest.mark.parametrize("streaming", ["one stage", "two stages"])
+def test_requantising_starts_from_the_kept_numbers(kept, streaming):
+    tiles = reference(wild(3, 256, 384), kept)
+    with np.errstate(invalid="ignore"):
+        numbers = np.asarray(tiles.values, np.float32) * np.repeat(np.asarray(tiles.scales).T, 128, axis=1)
+    actual = interpreted(lambda *kept: requantize_columns(Tiles(*kept), OPERANDS[1], SMALL[streaming]), *tiles)
+    assert_same(actual, reference(numbers.T, OPERANDS[1]))
 
 
 def test_ragged_shapes_are_padded_with_zeros_of_scale_one():
