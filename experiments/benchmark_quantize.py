@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3.config.quant import Operand
-from dsv3.kernels import quantize_hopper
+from dsv3.kernels import permute_hopper, quantize_hopper
 from dsv3.kernels.scaled import Tiles
 from dsv3.kernels.stream_hopper import Streaming
 from dsv3.quant.formats import format_of, round_to
@@ -38,6 +38,8 @@ class Case(NamedTuple):
     small: tuple
     shapes: list
     exact: bool
+    gathered: Callable | None = None
+    """Bytes when every row counts as often as it is read, from the outputs; None: each input counts once."""
 
 
 def normal(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
@@ -69,6 +71,32 @@ def numbers_of(tiles: Tiles) -> jax.Array:
     return tiles.values.astype(jnp.float32) * jnp.repeat(tiles.scales.T, 128, axis=1)
 
 
+def permute_in_jnp(values: jax.Array, scales: jax.Array, token_J: jax.Array) -> Tiles:
+    fill = lambda x, axis, value: jnp.take(x, token_J, axis=axis, mode="fill", fill_value=value)
+    return Tiles(fill(values, 0, 0), fill(scales, 1, 1))
+
+
+def permute_inputs(n_tokens: int, d: int, n_rows: int) -> list[jax.Array]:
+    """Rows in the order of 8 experts that every token goes to, and some padding."""
+    tiles = jax.jit(lambda x: rows_in_jnp(x, E4M3))(normal(0, n_tokens, d))
+    token_J = jnp.tile(jnp.arange(n_tokens, dtype=jnp.int32), n_rows // n_tokens)
+    token_J = jax.random.permutation(jax.random.key(1), token_J)
+    return [*tiles, jnp.where(jnp.arange(n_rows) % 509 == 7, n_tokens, token_J).astype(jnp.int32)]
+
+
+def combine_in_jnp(rows_JD: jax.Array, row_TK: jax.Array, weights_TK: jax.Array | None) -> jax.Array:
+    chosen_TKD = rows_JD[row_TK].astype(jnp.float32)
+    weighted = chosen_TKD if weights_TK is None else chosen_TKD * weights_TK[..., None]
+    return sum(weighted[:, k] for k in range(row_TK.shape[1])).astype(rows_JD.dtype)
+
+
+def combine_inputs(n_tokens: int, d: int) -> list[jax.Array]:
+    """8 choices."""
+    row_TK = jax.random.permutation(jax.random.key(1), 8 * n_tokens).reshape(n_tokens, 8).astype(jnp.int32)
+    return [jax.random.normal(jax.random.key(0), (8 * n_tokens, d), jnp.bfloat16), row_TK,
+            jax.random.uniform(jax.random.key(2), (n_tokens, 8))]
+
+
 def settings_of(name: str, *choices: tuple[int, int, int]) -> dict:
     return {f"{name} {choice}": Streaming(*choice) for choice in choices}
 
@@ -94,6 +122,20 @@ CASES = {
         lambda x, s: quantize_hopper.quantize_both(x, E5M2_POWER, E5M6_POWER, s),
         lambda x: (rows_in_jnp(x, E5M2_POWER), rows_in_jnp(x.T, E5M6_POWER)),
         lambda m, k: [wild(0, m, k)], settings_of("both", (2, 1, 1)), (384, 512), [], True),
+    "permute": Case(
+        lambda v, c, t, s: permute_hopper.permute_tiles(Tiles(v, c), t, s), permute_in_jnp, permute_inputs,
+        settings_of("permute", (1, 4, 4), (2, 2, 4), (3, 2, 4), (6, 1, 4), (2, 4, 2), (2, 3, 4), (3, 4, 2), (2, 2, 8)),
+        (512, 256, 2048), [(16384, 7168, 131072)], True, lambda out: 2 * out),
+    "combine": Case(
+        lambda rows, row, weights, s: permute_hopper.combine_rows(rows, row, weights, s), combine_in_jnp,
+        combine_inputs,
+        settings_of("combine", (2, 2, 1024), (2, 4, 1024), (3, 4, 1024), (4, 3, 1024), (3, 2, 1024), (2, 2, 2048),
+                    (2, 1, 3584), (4, 4, 512), (6, 4, 512), (2, 6, 1024)),
+        (256, 1024), [(16384, 7168)], False),
+    "combine without weights": Case(
+        lambda rows, row, s: permute_hopper.combine_rows(rows, row, None, s),
+        lambda rows, row: combine_in_jnp(rows, row, None), lambda t, d: combine_inputs(t, d)[:2],
+        settings_of("combine", (3, 4, 1024)), (256, 1024), [(16384, 7168)], False),
     "requantize columns": Case(
         lambda v, c, s: quantize_hopper.requantize_columns(Tiles(v, c), E4M3_POWER, s),
         lambda v, c: rows_in_jnp(numbers_of(Tiles(v, c)).T, E4M3_POWER),
@@ -167,9 +209,14 @@ def moved(inputs, outputs) -> int:
 def measure(case: Case, shape, setting, copy: float) -> str:
     inputs = case.inputs(*shape)
     kernel = jax.jit(lambda *a: case.kernel(*a, setting))
-    n_bytes = moved(inputs, jax.eval_shape(kernel, *inputs))
+    outputs = jax.eval_shape(kernel, *inputs)
     time_s = seconds(kernel, *inputs)
-    return f"{1e6 * time_s:9.1f} us {1e-9 * n_bytes / time_s:6.0f} GB/s {1e-9 * n_bytes / time_s / copy:6.1%} of a copy"
+    counts = {"": moved(inputs, outputs)}
+    if case.gathered is not None:
+        counts[", counting repeated reads"] = case.gathered(moved((), outputs))
+    rates = (f"{1e-9 * n_bytes / time_s:6.0f} GB/s {1e-9 * n_bytes / time_s / copy:6.1%} of a copy{how}"
+             for how, n_bytes in counts.items())
+    return f"{1e6 * time_s:9.1f} us {' '.join(rates)}"
 
 
 def reference_line(case: Case, shape) -> str:

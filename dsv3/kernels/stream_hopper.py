@@ -41,12 +41,13 @@ class Piece(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Which warpgroup works on which tile."""
+    """Which warpgroup works on which tile, and the arguments in device memory."""
 
     group: jax.Array
     i: jax.Array
     j: jax.Array
     met: Any
+    inputs: Any
 
     def meet(self) -> None:
         """Wait for all warpgroups of the thread block; what each wrote to shared memory is there for all."""
@@ -93,8 +94,10 @@ def stream(
 
             def load(step):
                 slot = lax.rem(step, jnp.int32(stages))
-                for part, room in zip(source(*place(step), *inputs), slots, strict=True):
-                    plgpu.copy_gmem_to_smem(part, room.at[slot], full.at[slot])
+                for part, room, piece in zip(source(*place(step), *inputs), slots, pieces, strict=True):
+                    # One run of bytes of any length where it is known to lie inside; else the engine counts elements.
+                    inside = plgpu.OOBFillMode.PROMISE_IN_BOUNDS if len(piece.shape) == 1 else None
+                    plgpu.copy_gmem_to_smem(part, room.at[slot], full.at[slot], oob_mode=inside)
 
             @pl.when(group == 0)
             def _():
@@ -104,7 +107,7 @@ def stream(
             def one_tile(step, carry):
                 slot = lax.rem(step, jnp.int32(stages))
                 plgpu.barrier_wait(full.at[slot])
-                work(Step(group, *place(step), met), [room.at[slot] for room in slots], staged, outputs)
+                work(Step(group, *place(step), met, inputs), [room.at[slot] for room in slots], staged, outputs)
                 plgpu.barrier_arrive(empty.at[slot])
 
                 @pl.when(group == 0)
