@@ -65,7 +65,8 @@ def permute_tiles(tiles_TD: Tiles, token_J: jax.Array, settings: Streaming = PER
 
 
 def combine_rows(
-        rows_JD: jax.Array, row_TK: jax.Array, weights_TK: jax.Array | None, settings: Streaming = COMBINE) -> jax.Array:
+        rows_JD: jax.Array, row_TK: jax.Array, weights_TK: jax.Array | None,
+        settings: Streaming = COMBINE) -> jax.Array:
     """y_t = sum over k of weights[t, k] * rows[row_TK[t, k]], or without weights; float32 inside, k in order."""
     (n_tokens, n_choices), d = row_TK.shape, rows_JD.shape[1]
     width, vector = piece_of_row(d, settings.split)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config.quant import Operand
 from dsv3.kernels.scaled import Tiles
-from dsv3.kernels.stream_hopper import Piece, Step, Streaming, reuse, stream
+from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
 from dsv3.kernels.tile_hopper import MATRIX, PER_COLUMN, ROWS, TILE, along_columns, dtype_of, quantize_piece
 
 ONE_FORM = Streaming(stages=2, blocks=2, split=2)
@@ -50,15 +50,22 @@ def staging(form: Form) -> list[Piece]:
     return [Piece((TILE, TILE), dtype_of(form.operand)), Piece((TILE,), jnp.float32)]
 
 
-def write_square(form: Form, part: jax.Array, split: int, step: Step, piece: Callable, staged, outputs) -> None:
-    """One warpgroup's part of a square of a form: `piece(rows)` gives values and scales of 64 of its rows."""
+def write_square(
+        part: jax.Array, split: int, row: jax.Array, column: jax.Array, piece: Callable, staged, outputs,
+        height: int = ROWS) -> None:
+    """One warpgroup's part of the square (row, column) of an output: `piece(rows)` gives `height` rows at a time."""
     reuse()
     per_part = TILE // split
-    for start in range(0, per_part, ROWS):
-        rows = pl.ds(part * per_part + start, ROWS)
+    for start in range(0, per_part, height):
+        rows = pl.ds(part * per_part + start, height)
         staged[0][rows], staged[1][rows] = piece(rows)
     plgpu.commit_smem()
-    row, column = (step.j, step.i) if form.columns else (step.i, step.j)
+    copy_square(part, split, row, column, staged, outputs)
+
+
+def copy_square(part: jax.Array, split: int, row: jax.Array, column: jax.Array, staged, outputs) -> None:
+    """Values and scales of a part of a square, from where they are staged to where they belong."""
+    per_part = TILE // split
     mine, rows = pl.ds(part * per_part, per_part), pl.ds(row * TILE + part * per_part, per_part)
     plgpu.copy_smem_to_gmem(staged[0].at[mine], outputs[0].at[rows, pl.ds(column * TILE, TILE)])
     plgpu.copy_smem_to_gmem(staged[1].at[mine], outputs[1].at[column, rows])
@@ -83,7 +90,8 @@ def quantize_forms(x_MK: jax.Array, forms: list[Form], settings: Streaming) -> l
             def _(form=form, square=square, pair=pair):
                 piece = lambda rows: quantize_piece(plgpu.load(square.at[rows], layout=MATRIX), form.operand)
                 part = lax.rem(step.group, settings.split)
-                write_square(form, part, settings.split, step, piece, staged[pair], outputs[pair])
+                row, column = (step.j, step.i) if form.columns else (step.i, step.j)
+                write_square(part, settings.split, row, column, piece, staged[pair], outputs[pair])
 
     out = stream(
         work, (x_MK,), sum((out_types(form, m, k) for form in forms), []), tiles=(m // TILE, k // TILE),
@@ -134,7 +142,7 @@ def requantize_columns(tiles_MK: Tiles, operand: Operand, settings: Streaming = 
             x = plgpu.load(square.at[rows], layout=MATRIX).astype(jnp.float32)
             return quantize_piece(x * along_columns(plgpu.load(row_scales, layout=PER_COLUMN), x), operand)
 
-        write_square(form, step.group, settings.split, step, piece, staged[:2], outputs)
+        write_square(step.group, settings.split, step.j, step.i, piece, staged[:2], outputs)
 
     return Tiles(*stream(
         work, (values, scales), out_types(form, m, k), tiles=(m // TILE, k // TILE),

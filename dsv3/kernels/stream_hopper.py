@@ -29,10 +29,11 @@ class Streaming(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """An array in shared memory."""
+    """An array in shared memory. `swizzle`: bytes of a row that stay together, the unit of slices along rows."""
 
     shape: tuple[int, ...]
     dtype: Any
+    swizzle: int = 128
 
     def smem(self, stages: int | None):
         """Room for it, or for `stages` of them: matrices swizzled, so that neither rows nor columns share banks."""
@@ -57,11 +58,11 @@ class Step(NamedTuple):
 
 
 def transforms(piece: Piece) -> tuple:
-    """The layout of rows of at least 128 bytes that the copy engine and the matrix loads agree on."""
-    width = 128 // jnp.dtype(piece.dtype).itemsize
+    """The layout of matrices that the copy engine and the matrix loads agree on."""
+    width = piece.swizzle // jnp.dtype(piece.dtype).itemsize
     if len(piece.shape) < 2 or piece.shape[-1] % width:
         return ()
-    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)
+    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(piece.swizzle)
 
 
 def stream(

@@ -18,6 +18,10 @@ MATRIX, PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), 
 """How threads share a matrix, and what belongs to its rows or columns. Each row lies in four neighbouring threads, and
 the matrix loads fetch 16-bit elements in this order from rows and from columns alike: transposing costs nothing."""
 
+SHORT = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+SHORT_ROWS, SHORT_PER_ROW, SHORT_PER_COLUMN = 32, SHORT.reduce(1), SHORT.reduce(0)
+"""The same for half as many rows, where one step needs several matrices in registers."""
+
 
 def dtype_of(operand: Operand):
     """What stores the values: the format's own dtype, or bfloat16, which holds every number of E5M6."""

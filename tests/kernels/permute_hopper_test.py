@@ -1,21 +1,15 @@
 """The Hopper kernels that move rows, interpreted on the CPU, against plain indexing."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from hopper_kernels import interpreted
 
 from dsv3.kernels.permute_hopper import combine_rows, permute_tiles, piece_of_row
 from dsv3.kernels.scaled import Tiles
 from dsv3.kernels.stream_hopper import Streaming
 
 TOKENS, WIDTH, CHOICES = 24, 512, 3
-
-
-def interpreted(function, *arrays):
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        return jax.block_until_ready(jax.jit(function)(*arrays))
 
 
 @pytest.mark.parametrize("streaming", [Streaming(1, 1, 4, 2), Streaming(3, 2, 2, 2), Streaming(2, 1, 8, 1)])
@@ -40,7 +34,7 @@ def test_rows_are_summed_in_float32_in_the_order_of_the_choices(streaming, weigh
     rng = np.random.default_rng(1)
     rows_JD = jnp.asarray(rng.standard_normal((TOKENS * CHOICES, WIDTH)) * 100, jnp.bfloat16)
     row_TK = rng.permutation(TOKENS * CHOICES).reshape(TOKENS, CHOICES).astype(np.int32)
-    weights_TK = rng.random((TOKENS, CHOICES)).astype(np.float32) if weighted else np.ones((TOKENS, CHOICES), np.float32)
+    weights_TK = (rng.random((TOKENS, CHOICES)) if weighted else np.ones((TOKENS, CHOICES))).astype(np.float32)
     actual = interpreted(
         lambda rows, row, weights: combine_rows(rows, row, weights if weighted else None, streaming),
         rows_JD, row_TK, weights_TK)
