@@ -18,7 +18,17 @@ from dsv3.kernels.quantize_hopper import Form, copy_square, out_types, padded, s
 from dsv3.kernels.scaled import Tiles
 from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
 from dsv3.kernels.tile_hopper import (
-    MATRIX, ROWS, SHORT, SHORT_PER_COLUMN, SHORT_PER_ROW, SHORT_ROWS, TILE, along_columns, along_rows, quantize_piece)
+    MATRIX,
+    ROWS,
+    SHORT,
+    SHORT_PER_COLUMN,
+    SHORT_PER_ROW,
+    SHORT_ROWS,
+    TILE,
+    along_columns,
+    along_rows,
+    quantize_piece,
+)
 
 FORWARD = Streaming(stages=2, blocks=1, split=2)
 BACKWARD = Streaming(stages=1, blocks=1, split=2)
@@ -170,7 +180,8 @@ def swiglu_backward_quantize(
         + ([jax.ShapeDtypeStruct((wide, m), jnp.float32)] if weighted else []),
         tiles=(m // TILE, wide),
         pieces=[square(codes.dtype)] * 2 + [square(d_h_MF.dtype)] + [vector] * (2 * scaled + weighted), source=source,
-        staging=2 * staging(row_form) + 2 * staging(column_form) + staging(h_form) + [vector] + [square(jnp.dtype(jnp.float16))] * (2 * widen),
+        staging=2 * staging(row_form) + 2 * staging(column_form) + staging(h_form) + [vector]
+        + [square(jnp.dtype(jnp.float16))] * (2 * widen),
         warpgroups=2 * split, settings=settings)
     d_weight_M = jnp.sum(out[6], axis=0)[:n_rows] if weighted else None
     return Tiles(*out[:2]), Tiles(*out[2:4]), Tiles(*out[4:6]), d_weight_M

@@ -86,16 +86,16 @@ def along_columns(x_C: jax.Array, like: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(x_C, like.shape, (1,))
 
 
-def amax_of_rows(x: jax.Array) -> jax.Array:
-    """float32 largest magnitude of every row; NaN where a row has one."""
+def amax_of(x: jax.Array, axis: int = 1) -> jax.Array:
+    """float32 largest magnitudes along an axis; NaN where there is one."""
     if x.dtype != jnp.float32:
-        return jnp.max(jnp.abs(x), axis=1).astype(jnp.float32)
+        return jnp.max(jnp.abs(x), axis=axis).astype(jnp.float32)
     # The bits of magnitudes are in order, NaNs last: XLA's maximum, which interprets this on a CPU, loses them.
     magnitudes = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
-    return lax.bitcast_convert_type(jnp.max(magnitudes, axis=1), jnp.float32)
+    return lax.bitcast_convert_type(jnp.max(magnitudes, axis=axis), jnp.float32)
 
 
 def quantize_piece(x: jax.Array, operand: Operand) -> tuple[jax.Array, jax.Array]:
     """Values and scales of x [rows, 128]: every row is one tile."""
-    scale_R = scale_of(amax_of_rows(x), operand)
+    scale_R = scale_of(amax_of(x), operand)
     return encode(x.astype(jnp.float32) * along_rows(reciprocal(scale_R), x), operand), scale_R
