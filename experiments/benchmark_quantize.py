@@ -11,8 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from dsv3.config.quant import Operand
-from dsv3.kernels import permute_hopper, quantize_hopper, swiglu_quantize_hopper
-from dsv3.kernels.scaled import Tiles
+from dsv3.kernels import (
+    norm_quantize_hopper,
+    permute_hopper,
+    quantize_hopper,
+    swiglu_quantize_hopper,
+    weights_quantize_hopper,
+)
+from dsv3.kernels.norm import rms_norm
+from dsv3.kernels.scaled import Blocks, Tiles
 from dsv3.kernels.stream_hopper import Streaming
 from dsv3.kernels.swiglu import swiglu
 from dsv3.quant.formats import format_of, round_to
@@ -22,6 +29,8 @@ E4M3 = Operand(format="e4m3", tile="inner", power_of_two=False)
 E4M3_POWER = Operand(format="e4m3", tile="inner", power_of_two=True)
 E5M2_POWER = Operand(format="e5m2", tile="inner", power_of_two=True)
 E5M6_POWER = Operand(format="e5m6", tile="inner", power_of_two=True)
+BLOCK = Operand(format="e4m3", tile="block", power_of_two=False)
+E4M3_FORMAT = format_of("e4m3")
 REPEATS = 100
 """Runs whose results must be equal to the bit: a race shows as a difference."""
 
@@ -115,6 +124,14 @@ def swiglu_backward_inputs(m: int, f: int) -> list[jax.Array]:
     return [*kept, jax.random.normal(keys[1], (m, f // 2), jnp.bfloat16), jax.random.uniform(keys[2], (m,))]
 
 
+def weights_in_jnp(w: jax.Array) -> tuple[Blocks, Blocks]:
+    *stack, d, f = w.shape
+    blocks = w.reshape(*stack, d // 128, 128, f // 128, 128)
+    scales = scale_of(jnp.max(jnp.abs(blocks), axis=(-3, -1)), E4M3_FORMAT, power_of_two=False)
+    values = (blocks * (1 / scales)[..., :, None, :, None]).astype(jnp.float8_e4m3fn).reshape(w.shape)
+    return Blocks(values.swapaxes(-2, -1), scales.swapaxes(-2, -1)), Blocks(values, scales)
+
+
 def settings_of(name: str, *choices: tuple[int, int, int]) -> dict:
     return {f"{name} {choice}": Streaming(*choice) for choice in choices}
 
@@ -140,6 +157,21 @@ CASES = {
         lambda x, s: quantize_hopper.quantize_both(x, E5M2_POWER, E5M6_POWER, s),
         lambda x: (rows_in_jnp(x, E5M2_POWER), rows_in_jnp(x.T, E5M6_POWER)),
         lambda m, k: [wild(0, m, k)], settings_of("both", (2, 1, 1)), (384, 512), [], True),
+    "weights": Case(
+        lambda w, s: weights_quantize_hopper.quantize_weights(w, BLOCK, s), weights_in_jnp,
+        lambda *shape: [normal(0, *shape, dtype=jnp.float32)],
+        settings_of("weights", (1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 1, 2)), (2, 256, 384), [(8, 7168, 4096)], True),
+    "norm": Case(
+        lambda x, gain, s: norm_quantize_hopper.norm_quantize(x, gain, 1e-6, E4M3, None, s)[0],
+        lambda x, gain: rows_in_jnp(rms_norm(x, gain, 1e-6), E4M3),
+        lambda m, k: [normal(0, m, k), normal(1, 1, k, dtype=jnp.float32)[0]],
+        settings_of("norm", (2, 1, 4), (1, 1, 4), (2, 1, 2), (4, 1, 2), (1, 2, 2), (2, 2, 1), (1, 3, 1)),
+        (384, 1536), [*TOKENS[:2], (16384, 1536), (16384, 512)], False),
+    "norm, both": Case(
+        lambda x, gain, s: norm_quantize_hopper.norm_quantize(x, gain, 1e-6, E4M3, E4M3, s),
+        lambda x, gain: (rows_in_jnp(rms_norm(x, gain, 1e-6), E4M3), rows_in_jnp(rms_norm(x, gain, 1e-6).T, E4M3)),
+        lambda m, k: [normal(0, m, k), normal(1, 1, k, dtype=jnp.float32)[0]],
+        settings_of("norm", (2, 1, 4)), (384, 1536), TOKENS[:2], False),
     "swiglu": Case(
         lambda x, s: swiglu_quantize_hopper.swiglu_quantize(x, E4M3, E4M3, s),
         lambda x: (rows_in_jnp(swiglu(x), E4M3), rows_in_jnp(x, E4M3)),

@@ -29,7 +29,10 @@ class Streaming(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """An array in shared memory. `swizzle`: bytes of a row that stay together, the unit of slices along rows."""
+    """An array in shared memory. `swizzle`: bytes of a row that stay together, the unit of slices along rows.
+
+    Without a swizzle, as for vectors, the array is one run of bytes, and so must its source be.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
@@ -49,6 +52,7 @@ class Step(NamedTuple):
     j: jax.Array
     met: Any
     inputs: Any
+    constants: Any
 
     def meet(self) -> None:
         """Wait for all warpgroups of the thread block; what each wrote to shared memory is there for all."""
@@ -60,18 +64,20 @@ class Step(NamedTuple):
 def transforms(piece: Piece) -> tuple:
     """The layout of matrices that the copy engine and the matrix loads agree on."""
     width = piece.swizzle // jnp.dtype(piece.dtype).itemsize
-    if len(piece.shape) < 2 or piece.shape[-1] % width:
+    if len(piece.shape) < 2 or width == 0:
         return ()
     return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(piece.swizzle)
 
 
 def stream(
         work: Callable, arguments: tuple[jax.Array, ...], out_type: list, *, tiles: tuple[int, int],
-        pieces: list[Piece], source: Callable, staging: list[Piece], warpgroups: int, settings: Streaming):
+        pieces: list[Piece], source: Callable, staging: list[Piece], warpgroups: int, settings: Streaming,
+        constants: tuple[Piece, ...] = ()):
     """Run `work` on every tile (i, j).
 
     `source(i, j, *inputs)` gives the parts of the arguments that fill `pieces`; `work(step, pieces, staging, outputs)`
-    is one warpgroup's share, which calls `reuse()` before it writes what it copies out of `staging`.
+    is one warpgroup's share, which calls `reuse()` before it writes what it copies out of `staging`. The last arguments
+    may be `constants`, which stay in shared memory as `step.constants`.
     """
     tall, wide = tiles
     stages, n_blocks = settings.stages, min(settings.blocks * settings.multiprocessors, tall * wide)
@@ -82,13 +88,15 @@ def stream(
             pl.run_scoped,
             slots=[piece.smem(stages) for piece in pieces],
             staged=[piece.smem(None) for piece in staging],
+            lasting=[piece.smem(None) for piece in constants],
             full=plgpu.Barrier(num_arrivals=len(pieces), num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
             met=plgpu.Barrier(num_arrivals=warpgroups),
+            settled=plgpu.Barrier(num_arrivals=max(1, len(constants))),
             collective_axes="warpgroup")
 
         @scoped
-        def _(slots, staged, full, empty, met):
+        def _(slots, staged, lasting, full, empty, met, settled):
             block, group = lax.axis_index("block"), lax.axis_index("warpgroup")
             steps = lax.div(tall * wide - 1 - block, n_blocks) + 1
             place = lambda step: (lax.div(block + step * n_blocks, wide), lax.rem(block + step * n_blocks, wide))
@@ -96,19 +104,23 @@ def stream(
             def load(step):
                 slot = lax.rem(step, jnp.int32(stages))
                 for part, room, piece in zip(source(*place(step), *inputs), slots, pieces, strict=True):
-                    # One run of bytes of any length where it is known to lie inside; else the engine counts elements.
-                    inside = plgpu.OOBFillMode.PROMISE_IN_BOUNDS if len(piece.shape) == 1 else None
-                    plgpu.copy_gmem_to_smem(part, room.at[slot], full.at[slot], oob_mode=inside)
+                    copy_in(part, room.at[slot], full.at[slot], piece)
 
             @pl.when(group == 0)
             def _():
+                for part, room, piece in zip(inputs[len(inputs) - len(constants):], lasting, constants, strict=True):
+                    copy_in(part, room, settled, piece)
                 for ahead in range(stages):
                     pl.when(ahead < steps)(partial(load, jnp.int32(ahead)))
+
+            if constants:
+                plgpu.barrier_wait(settled)
 
             def one_tile(step, carry):
                 slot = lax.rem(step, jnp.int32(stages))
                 plgpu.barrier_wait(full.at[slot])
-                work(Step(group, *place(step), met, inputs), [room.at[slot] for room in slots], staged, outputs)
+                now = Step(group, *place(step), met, inputs, lasting)
+                work(now, [room.at[slot] for room in slots], staged, outputs)
                 plgpu.barrier_arrive(empty.at[slot])
 
                 @pl.when(group == 0)
@@ -125,6 +137,13 @@ def stream(
         kernel, out_type=out_type, grid=(n_blocks,), grid_names=("block",), num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup))(*arguments)
+
+
+def copy_in(part, room, barrier, piece: Piece) -> None:
+    """Bring a part of device memory into its room."""
+    # One run of bytes of any length must be known to lie inside the array; of a matrix, what lies outside reads as 0.
+    inside = None if transforms(piece) else plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+    plgpu.copy_gmem_to_smem(part, room, barrier, oob_mode=inside)
 
 
 def reuse() -> None:

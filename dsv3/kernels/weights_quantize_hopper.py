@@ -16,7 +16,17 @@ from dsv3.kernels.quantize_hopper import square_of
 from dsv3.kernels.scaled import Blocks
 from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
 from dsv3.kernels.tile_hopper import (
-    MATRIX, PER_COLUMN, ROWS, TILE, along_rows, amax_of, dtype_of, encode, reciprocal, scale_of)
+    MATRIX,
+    PER_COLUMN,
+    ROWS,
+    TILE,
+    along_rows,
+    amax_of,
+    dtype_of,
+    encode,
+    reciprocal,
+    scale_of,
+)
 
 WEIGHTS = Streaming(stages=2, blocks=1, split=2)
 """Best on an H100."""
