@@ -4,6 +4,9 @@ Whole rows travel by the copy engine, which only needs to be told where each beg
 once out to expert order; K rows in and one out for the sum that brings them back.
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -41,9 +44,10 @@ def permute_tiles(tiles_TD: Tiles, token_J: jax.Array, settings: Streaming = PER
         return [values_ref.at[token] for token in tokens]
 
     def work(step, pieces, staged, outputs):
-        for row, piece in enumerate(pieces):
-            index = step.i * at_once + row
-            real = step.inputs[0][index] < n_tokens
+        first = step.i * at_once
+        reals = [step.inputs[0][first + row] < n_tokens for row in range(at_once)]
+        for row, (piece, real) in enumerate(zip(pieces, reals, strict=True)):
+            index = first + row
 
             @pl.when(real)
             def _(piece=piece, index=index):
@@ -79,12 +83,11 @@ def combine_rows(
         return [rows_ref.at[row, part(j)] for row in rows]
 
     def work(step, pieces, staged, outputs):
-        total = None
-        for k, piece in enumerate(pieces):
-            term = plgpu.load(piece, layout=lane).astype(jnp.float32)
-            if weights_TK is not None:
-                term = term * step.inputs[2][step.i * n_choices + k]
-            total = term if total is None else total + term
+        terms = [plgpu.load(piece, layout=lane).astype(jnp.float32) for piece in pieces]
+        if weights_TK is not None:
+            weights = [step.inputs[2][step.i * n_choices + k] for k in range(n_choices)]
+            terms = [term * weight for term, weight in zip(terms, weights, strict=True)]
+        total = functools.reduce(operator.add, terms)
         reuse()
         staged[0][...] = total.astype(rows_JD.dtype)
         plgpu.commit_smem()

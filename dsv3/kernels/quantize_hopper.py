@@ -25,6 +25,14 @@ REQUANTIZE = Streaming(stages=2, blocks=2, split=2)
 """Best on an H100."""
 
 
+def refusal(x: jax.Array, *operands: Operand) -> str | None:
+    """Why a matrix cannot be quantised to these operands here, or None."""
+    if x.dtype != jnp.bfloat16:
+        return f"a matrix in {jnp.dtype(x.dtype).name}: it must be bfloat16"
+    coarse = [operand.tile for operand in operands if operand.tile != "inner"]
+    return f"scales by {coarse[0]}: they must be by 'inner' tiles" if coarse else None
+
+
 class Form(NamedTuple):
     """One quantised copy: its operand, and whether its tiles run along columns, so that it is stored transposed."""
 

@@ -3,6 +3,8 @@
 Few thread blocks take many tiles, so that every slot of shared memory is used again; the interpreter looks for races.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from hopper_kernels import E4M3, OPERANDS, assert_same, interpreted, name_of, nu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3.kernels.quantize_hopper import quantize_both, quantize_columns, quantize_rows, requantize_columns
+from dsv3.kernels.quantize_hopper import quantize_both, quantize_columns, quantize_rows, refusal, requantize_columns
 from dsv3.kernels.scaled import Tiles
 from dsv3.kernels.stream_hopper import Streaming
 from dsv3.kernels.tile_hopper import reciprocal, repaired
@@ -51,6 +53,13 @@ def test_ragged_shapes_are_padded_with_zeros_of_scale_one():
     assert_same(rows, reference(x_MK, E4M3))
     assert_same(columns, reference(x_MK.T, E4M3))
     np.testing.assert_array_equal(rows.scales[:, 200:], 1)
+
+
+def test_refusals_name_the_reason():
+    x_MK, coarse = jnp.ones((128, 128), jnp.bfloat16), dataclasses.replace(E4M3, tile="tensor")
+    assert refusal(x_MK, E4M3, OPERANDS[5]) is None
+    assert "bfloat16" in refusal(x_MK.astype(jnp.float32), E4M3)
+    assert "tensor" in refusal(x_MK, E4M3, coarse)
 
 
 def test_the_reference_here_is_that_of_the_library():
