@@ -1,0 +1,107 @@
+"""RMSNorm with quantised results on Hopper.
+
+Along rows, every warpgroup takes a whole row: one read gives its mean square and then its codes, 3 bytes moved for each
+bfloat16 element. Tiles along columns need 128 rows, which do not fit: they are a second read, with the factors of the
+rows from the first; 6 bytes in all.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv3.config.errors import require
+from dsv3.config.quant import Operand
+from dsv3.kernels.quantize_hopper import ONE_FORM, Form, out_types, square_of, staging, write_square
+from dsv3.kernels.scaled import Tiles
+from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
+from dsv3.kernels.tile_hopper import (
+    MATRIX,
+    PER_COLUMN,
+    PER_ROW,
+    TILE,
+    along_columns,
+    along_rows,
+    dtype_of,
+    quantize_piece,
+)
+
+NORM = Streaming(stages=2, blocks=1, split=4)
+"""Best on an H100. `split` is the rows of one step, each with a warpgroup of its own: a divisor of 128."""
+WHOLE_ROW = plgpu.Layout.TILED(plgpu.Tiling(((4, TILE), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+"""A row as [tiles, 128], every tile in one warp: rows are multiples of 512 elements."""
+
+
+def norm_quantize(
+        x_MK: jax.Array, gain_K: jax.Array, eps: float, rows: Operand, columns: Operand | None,
+        settings: Streaming = NORM, column_settings: Streaming = ONE_FORM) -> tuple[Tiles, Tiles | None]:
+    """`rms_norm`, rounded to the dtype of x as it is there, then quantised; the columns only where asked for.
+
+    Raises `UserError` unless K is a multiple of 512.
+    """
+    n_rows, k = x_MK.shape
+    require(k % (4 * TILE) == 0, f"rows of {k} elements; expected a multiple of {4 * TILE}")
+    x_MK, gain_K = jnp.pad(x_MK, ((0, -n_rows % TILE), (0, 0))), gain_K.astype(jnp.float32)
+    tiles, factor_M = _normed_rows(x_MK, gain_K, eps, rows, settings)
+    return tiles, None if columns is None else _normed_columns(x_MK, gain_K, factor_M, columns, column_settings)
+
+
+def _normed_rows(x_MK, gain_K, eps, operand, settings):
+    (m, k), at_once = x_MK.shape, settings.split
+    row = lambda dtype: Piece((k // TILE, TILE), dtype, swizzle=0)
+    everywhere = plgpu.Layout.TILED(
+        plgpu.Tiling(((k // TILE,),)), warp_dims=(plgpu.Replicated(4),), lane_dims=(plgpu.Replicated(32),),
+        vector_dim=-1)
+
+    def work(step, pieces, staged, outputs):
+        for mine in range(at_once):
+            @pl.when(step.group == mine)
+            def _(mine=mine):
+                values_smem, sums = staged[mine], staged[at_once + mine]
+                x = plgpu.load(pieces[mine], layout=WHOLE_ROW, optimized=False)
+                x32 = x.astype(jnp.float32)
+                sums[...] = jnp.sum(x32 * x32, axis=1)
+                plgpu.commit_smem()
+                factor = lax.rsqrt(jnp.sum(plgpu.load(sums, layout=everywhere, optimized=False)) / k + eps)
+                gain = plgpu.load(step.constants[0], layout=WHOLE_ROW, optimized=False)
+                values, scales = quantize_piece((x32 * factor * gain).astype(x.dtype), operand)
+                index = step.i * at_once + mine
+                reuse()
+                values_smem[...] = values
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(values_smem, outputs[0].at[index])
+                outputs[1][:, index] = scales
+                outputs[2][index] = factor
+
+    values, scales, factor_M = stream(
+        work, (x_MK.reshape(m, k // TILE, TILE), gain_K.reshape(k // TILE, TILE)),
+        [jax.ShapeDtypeStruct((m, k // TILE, TILE), dtype_of(operand)),
+         jax.ShapeDtypeStruct((k // TILE, m), jnp.float32), jax.ShapeDtypeStruct((m,), jnp.float32)],
+        tiles=(m // at_once, 1), pieces=[row(x_MK.dtype)] * at_once,
+        source=lambda i, j, x_ref, _: [x_ref.at[i * at_once + index] for index in range(at_once)],
+        staging=[row(dtype_of(operand))] * at_once + [Piece((k // TILE,), jnp.float32)] * at_once,
+        warpgroups=at_once, settings=settings, constants=(row(jnp.float32),))
+    return Tiles(values.reshape(m, k), scales), factor_M
+
+
+def _normed_columns(x_MK, gain_K, factor_M, operand, settings):
+    (m, k), form = x_MK.shape, Form(operand, columns=True)
+
+    def work(step, pieces, staged, outputs):
+        square, factors, gains = pieces[0].transpose((1, 0)), pieces[1], pieces[2]
+
+        def piece(rows):
+            x = plgpu.load(square.at[rows], layout=MATRIX)
+            x32 = x.astype(jnp.float32) * along_columns(plgpu.load(factors, layout=PER_COLUMN), x)
+            gain = along_rows(plgpu.load(gains.at[rows], layout=PER_ROW), x)
+            return quantize_piece((x32 * gain).astype(x.dtype), operand)
+
+        write_square(step.group, settings.split, step.j, step.i, piece, staged, outputs)
+
+    return Tiles(*stream(
+        work, (x_MK, factor_M, gain_K), out_types(form, m, k), tiles=(m // TILE, k // TILE),
+        pieces=[Piece((TILE, TILE), x_MK.dtype), Piece((TILE,), jnp.float32), Piece((TILE,), jnp.float32)],
+        source=lambda i, j, x_ref, factor_ref, gain_ref: [
+            square_of(x_ref, i, j), factor_ref.at[pl.ds(i * TILE, TILE)], gain_ref.at[pl.ds(j * TILE, TILE)]],
+        staging=staging(form), warpgroups=settings.split, settings=settings))

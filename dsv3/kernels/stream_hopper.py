@@ -1,0 +1,151 @@
+"""The frame of the memory-bound Hopper kernels: tiles stream through shared memory, ahead of the arithmetic.
+
+A few thread blocks stay on every multiprocessor and take the tiles of the output in turn. The copy engine brings the
+inputs of a block's next tiles while its warpgroups work on the present one; they leave their results in shared memory,
+from where the copy engine writes them out. Several blocks on a multiprocessor hide each other's latencies.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+MULTIPROCESSORS = 132
+"""Of an H100 or H200 (SXM); on any other number the kernels are right, only less evenly spread."""
+
+
+class Streaming(NamedTuple):
+    """What is tuned: tiles in flight in a thread block, thread blocks on a multiprocessor, warpgroups to one output."""
+
+    stages: int
+    blocks: int
+    split: int
+    multiprocessors: int = MULTIPROCESSORS
+
+
+class Piece(NamedTuple):
+    """An array in shared memory. `swizzle`: bytes of a row that stay together, the unit of slices along rows.
+
+    Without a swizzle, as for vectors, the array is one run of bytes, and so must its source be.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    swizzle: int = 128
+
+    def smem(self, stages: int | None):
+        """Room for it, or for `stages` of them: matrices swizzled, so that neither rows nor columns share banks."""
+        return plgpu.SMEM(
+            self.shape if stages is None else (stages, *self.shape), self.dtype, transforms=transforms(self))
+
+
+class Step(NamedTuple):
+    """Which warpgroup works on which tile, and the arguments in device memory."""
+
+    group: jax.Array
+    i: jax.Array
+    j: jax.Array
+    met: Any
+    inputs: Any
+    constants: Any
+
+    def meet(self) -> None:
+        """Wait for all warpgroups of the thread block; what each wrote to shared memory is there for all."""
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.met)
+        plgpu.barrier_wait(self.met)
+
+
+def transforms(piece: Piece) -> tuple:
+    """The layout of matrices that the copy engine and the matrix loads agree on."""
+    width = piece.swizzle // jnp.dtype(piece.dtype).itemsize
+    if len(piece.shape) < 2 or width == 0:
+        return ()
+    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(piece.swizzle)
+
+
+def stream(
+        work: Callable, arguments: tuple[jax.Array, ...], out_type: list, *, tiles: tuple[int, int],
+        pieces: list[Piece], source: Callable, staging: list[Piece], warpgroups: int, settings: Streaming,
+        constants: tuple[Piece, ...] = ()):
+    """Run `work` on every tile (i, j).
+
+    `source(i, j, *inputs)` gives the parts of the arguments that fill `pieces`; `work(step, pieces, staging, outputs)`
+    is one warpgroup's share, which calls `reuse()` before it writes what it copies out of `staging`. The last arguments
+    may be `constants`, which stay in shared memory as `step.constants`.
+    """
+    tall, wide = tiles
+    stages, n_blocks = settings.stages, min(settings.blocks * settings.multiprocessors, tall * wide)
+
+    def kernel(*refs):
+        inputs, outputs = refs[:len(arguments)], refs[len(arguments):]
+        scoped = partial(
+            pl.run_scoped,
+            slots=[piece.smem(stages) for piece in pieces],
+            staged=[piece.smem(None) for piece in staging],
+            lasting=[piece.smem(None) for piece in constants],
+            full=plgpu.Barrier(num_arrivals=len(pieces), num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+            met=plgpu.Barrier(num_arrivals=warpgroups),
+            settled=plgpu.Barrier(num_arrivals=max(1, len(constants))),
+            collective_axes="warpgroup")
+
+        @scoped
+        def _(slots, staged, lasting, full, empty, met, settled):
+            block, group = lax.axis_index("block"), lax.axis_index("warpgroup")
+            steps = lax.div(tall * wide - 1 - block, n_blocks) + 1
+            place = lambda step: (lax.div(block + step * n_blocks, wide), lax.rem(block + step * n_blocks, wide))
+
+            def load(step):
+                slot = lax.rem(step, jnp.int32(stages))
+                for part, room, piece in zip(source(*place(step), *inputs), slots, pieces, strict=True):
+                    copy_in(part, room.at[slot], full.at[slot], piece)
+
+            @pl.when(group == 0)
+            def _():
+                for part, room, piece in zip(inputs[len(inputs) - len(constants):], lasting, constants, strict=True):
+                    copy_in(part, room, settled, piece)
+                for ahead in range(stages):
+                    pl.when(ahead < steps)(partial(load, jnp.int32(ahead)))
+
+            if constants:
+                plgpu.barrier_wait(settled)
+
+            def one_tile(step, carry):
+                slot = lax.rem(step, jnp.int32(stages))
+                plgpu.barrier_wait(full.at[slot])
+                now = Step(group, *place(step), met, inputs, lasting)
+                work(now, [room.at[slot] for room in slots], staged, outputs)
+                plgpu.barrier_arrive(empty.at[slot])
+
+                @pl.when(group == 0)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+                    pl.when(step + stages < steps)(partial(load, step + stages))
+
+                return carry
+
+            lax.fori_loop(jnp.int32(0), steps, one_tile, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+    return plgpu.kernel(
+        kernel, out_type=out_type, grid=(n_blocks,), grid_names=("block",), num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup))(*arguments)
+
+
+def copy_in(part, room, barrier, piece: Piece) -> None:
+    """Bring a part of device memory into its room."""
+    # One run of bytes of any length must be known to lie inside the array; of a matrix, what lies outside reads as 0.
+    inside = None if transforms(piece) else plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+    plgpu.copy_gmem_to_smem(part, room, barrier, oob_mode=inside)
+
+
+def reuse() -> None:
+    """Wait until the copy engine has read what this warpgroup staged last."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

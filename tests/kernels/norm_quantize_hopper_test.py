@@ -1,0 +1,62 @@
+"""RMSNorm with quantised results, interpreted on the CPU, against `rms_norm` and `dsv3.quant`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hopper_kernels import E4M3, OPERANDS, assert_close, interpreted, reference
+
+from dsv3.config import UserError
+from dsv3.kernels.norm import rms_norm
+from dsv3.kernels.norm_quantize_hopper import norm_quantize
+from dsv3.kernels.stream_hopper import Streaming
+
+EPS = 1e-6
+SETTINGS = {"two rows": Streaming(2, 1, 2, 3), "one row": Streaming(3, 1, 1, 2)}
+COLUMNS = Streaming(1, 1, 2, 2)
+E5M2_POWER = OPERANDS[3]
+
+
+def problem(m, k):
+    """Rows of many magnitudes, some of them zero."""
+    rng = np.random.default_rng(0)
+    x_MK = rng.standard_normal((m, k)) * 2.0 ** rng.integers(-12, 12, (m, 1))
+    x_MK[3] = 0
+    return jnp.asarray(x_MK, jnp.bfloat16), jnp.asarray(rng.random(k) + 0.5, jnp.float32)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("m, k", [(128, 512), (40, 1024)])
+def test_rows_and_columns_of_the_normalised(settings, m, k):
+    x_MK, gain_K = problem(m, k)
+    rows, columns = interpreted(
+        lambda x, gain: norm_quantize(x, gain, EPS, E4M3, E5M2_POWER, settings, COLUMNS), x_MK, gain_K)
+    normed_MK = rms_norm(x_MK, gain_K, EPS)
+    assert_close(rows, reference(normed_MK, E4M3))
+    assert_close(columns, reference(normed_MK.T, E5M2_POWER))
+
+
+def test_columns_only_where_asked_for():
+    x_MK, gain_K = problem(128, 512)
+    run = lambda x, gain: norm_quantize(x, gain, EPS, E4M3, None, SETTINGS["one row"])
+    assert interpreted(run, x_MK, gain_K)[1] is None
+
+
+def test_a_nan_spoils_its_own_row_only():
+    x_MK, gain_K = problem(128, 512)
+    run = lambda x, gain: norm_quantize(x, gain, EPS, E4M3, None, SETTINGS["two rows"])
+    rows, _ = interpreted(run, x_MK.at[7, 3].set(jnp.nan), gain_K)
+    np.testing.assert_array_equal(np.isnan(np.asarray(rows.values, np.float32)).all(axis=1), np.arange(128) == 7)
+
+
+def test_rows_of_broken_vectors_are_refused():
+    with pytest.raises(UserError, match="rows of 640 elements; expected a multiple of 512"):
+        norm_quantize(*problem(128, 640), EPS, E4M3, None)
+
+
+def test_the_formula_is_that_of_the_library():
+    """`assert_close` forgives neighbouring codes; most tiles must be equal to the bit."""
+    x_MK, gain_K = problem(128, 512)
+    rows, _ = interpreted(lambda x, gain: norm_quantize(x, gain, EPS, E4M3, None, SETTINGS["two rows"]), x_MK, gain_K)
+    expected = reference(jax.jit(rms_norm, static_argnums=2)(x_MK, gain_K, EPS), E4M3)
+    assert np.mean(np.asarray(rows.scales) == np.asarray(expected.scales)) > 0.99

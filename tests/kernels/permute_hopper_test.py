@@ -1,0 +1,52 @@
+"""The Hopper kernels that move rows, interpreted on the CPU, against plain indexing."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hopper_kernels import interpreted
+
+from dsv3.kernels.permute_hopper import combine_rows, permute_tiles, piece_of_row
+from dsv3.kernels.scaled import Tiles
+from dsv3.kernels.stream_hopper import Streaming
+
+TOKENS, WIDTH, CHOICES = 24, 512, 3
+
+
+@pytest.mark.parametrize("streaming", [Streaming(1, 1, 4, 2), Streaming(3, 2, 2, 2), Streaming(2, 1, 8, 1)])
+def test_rows_of_padding_are_zero_with_scale_one(streaming):
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.standard_normal((TOKENS, WIDTH)), jnp.float8_e4m3fn)
+    scales = jnp.asarray(rng.random((WIDTH // 128, TOKENS)), jnp.float32)
+    token_J = rng.integers(0, TOKENS, 64)
+    token_J[[0, 5, 6, 7, 40, 63]] = [TOKENS, TOKENS, TOKENS + 1, 2 ** 31 - 1, TOKENS, TOKENS]
+    actual = interpreted(
+        lambda v, s, t: permute_tiles(Tiles(v, s), t, streaming), values, scales, jnp.asarray(token_J, jnp.int32))
+    real_J = token_J < TOKENS
+    token_J = np.where(real_J, token_J, 0)
+    expected = np.where(real_J[:, None], np.asarray(values)[token_J].view(np.uint8), 0)
+    np.testing.assert_array_equal(np.asarray(actual.values).view(np.uint8), expected)
+    np.testing.assert_array_equal(actual.scales, np.where(real_J, np.asarray(scales)[:, token_J], 1))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("streaming", [Streaming(1, 1, 512, 3), Streaming(3, 2, 128, 2)])
+def test_rows_are_summed_in_float32_in_the_order_of_the_choices(streaming, weighted):
+    rng = np.random.default_rng(1)
+    rows_JD = jnp.asarray(rng.standard_normal((TOKENS * CHOICES, WIDTH)) * 100, jnp.bfloat16)
+    row_TK = rng.permutation(TOKENS * CHOICES).reshape(TOKENS, CHOICES).astype(np.int32)
+    weights_TK = (rng.random((TOKENS, CHOICES)) if weighted else np.ones((TOKENS, CHOICES))).astype(np.float32)
+    actual = interpreted(
+        lambda rows, row, weights: combine_rows(rows, row, weights if weighted else None, streaming),
+        rows_JD, row_TK, weights_TK)
+    expected_TD = np.zeros((TOKENS, WIDTH), np.float32)
+    for k in range(CHOICES):
+        expected_TD += np.asarray(rows_JD, np.float32)[row_TK[:, k]] * weights_TK[:, k:k + 1]
+    # A fused multiply-add rounds once where this rounds twice: the last bit of a bfloat16 may move.
+    np.testing.assert_allclose(np.asarray(actual, np.float32), expected_TD, rtol=2 ** -8, atol=1e-4)
+    if not weighted:
+        np.testing.assert_array_equal(np.asarray(actual), np.asarray(jnp.asarray(expected_TD, jnp.bfloat16)))
+
+
+@pytest.mark.parametrize("d, expected", [(7168, (1024, 8)), (1280, (256, 2)), (128, (128, 1)), (5120, (1024, 8))])
+def test_pieces_of_rows_are_read_in_wide_words(d, expected):
+    assert piece_of_row(d, 1024) == expected

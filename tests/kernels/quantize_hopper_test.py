@@ -1,0 +1,80 @@
+"""The Hopper kernels for quantisation, interpreted on the CPU, against `dsv3.quant`: equal to the bit.
+
+Few thread blocks take many tiles, so that every slot of shared memory is used again; the interpreter looks for races.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hopper_kernels import E4M3, OPERANDS, assert_same, interpreted, name_of, numbers_of, reference, wild
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3.kernels.quantize_hopper import quantize_both, quantize_columns, quantize_rows, refusal, requantize_columns
+from dsv3.kernels.scaled import Tiles
+from dsv3.kernels.stream_hopper import Streaming
+from dsv3.kernels.tile_hopper import reciprocal, repaired
+from dsv3.quant.formats import format_of
+from dsv3.quant.tiles import quantize
+
+SMALL = {"one stage": Streaming(1, 1, 1, 2), "two stages": Streaming(2, 1, 2, 2), "one block": Streaming(3, 1, 1, 1)}
+
+
+@pytest.mark.parametrize("operand", OPERANDS, ids=name_of)
+def test_both_forms_equal_the_reference(operand):
+    x_MK = wild(0, 256, 384)
+    rows, columns = interpreted(
+        lambda x: quantize_both(x, operand, operand, SMALL["one block"]), x_MK)
+    assert_same(rows, reference(x_MK, operand))
+    assert_same(columns, reference(x_MK.T, operand))
+
+
+@pytest.mark.parametrize("streaming", SMALL.values(), ids=SMALL)
+def test_every_tile_is_written_whatever_the_streaming(streaming):
+    x_MK = wild(1, 384, 256)
+    assert_same(interpreted(lambda x: quantize_rows(x, E4M3, streaming), x_MK), reference(x_MK, E4M3))
+    assert_same(interpreted(lambda x: quantize_columns(x, E4M3, streaming), x_MK), reference(x_MK.T, E4M3))
+
+
+@pytest.mark.parametrize("kept", [OPERANDS[0], OPERANDS[3], OPERANDS[5]], ids=name_of)
+@pytest.mark.parametrize("streaming", ["one stage", "two stages"])
+def test_requantising_starts_from_the_kept_numbers(kept, streaming):
+    tiles = reference(wild(3, 256, 384), kept)
+    actual = interpreted(lambda *kept: requantize_columns(Tiles(*kept), OPERANDS[1], SMALL[streaming]), *tiles)
+    assert_same(actual, reference(numbers_of(tiles).T, OPERANDS[1]))
+
+
+def test_ragged_shapes_are_padded_with_zeros_of_scale_one():
+    x_MK = wild(2, 200, 72)
+    rows, columns = interpreted(lambda x: quantize_both(x, E4M3, E4M3, SMALL["two stages"]), x_MK)
+    assert_same(rows, reference(x_MK, E4M3))
+    assert_same(columns, reference(x_MK.T, E4M3))
+    np.testing.assert_array_equal(rows.scales[:, 200:], 1)
+
+
+def test_refusals_name_the_reason():
+    x_MK, coarse = jnp.ones((128, 128), jnp.bfloat16), dataclasses.replace(E4M3, tile="tensor")
+    assert refusal(x_MK, E4M3, OPERANDS[5]) is None
+    assert "bfloat16" in refusal(x_MK.astype(jnp.float32), E4M3)
+    assert "tensor" in refusal(x_MK, E4M3, coarse)
+
+
+def test_the_reference_here_is_that_of_the_library():
+    x_MK = jax.random.normal(jax.random.key(0), (128, 256), jnp.bfloat16)
+    values, scales = quantize(x_MK, format_of("e4m3"), (1, 128), power_of_two=True)
+    assert_same(Tiles(values, scales.T), reference(x_MK, OPERANDS[1]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(2.0 ** -110, 2.0 ** 120, width=32), st.integers(-1, 1))
+def test_a_quotient_off_by_one_bit_is_repaired(scale, error):
+    exact = np.float32(1) / np.float32(scale)
+    quotient = (exact.view(np.int32) + np.int32(error)).view(np.float32)
+    assert float(repaired(jnp.float32(quotient), jnp.float32(scale))) == exact
+
+
+def test_reciprocals_of_infinity_and_nan_stay():
+    assert float(reciprocal(jnp.float32(np.inf))) == 0 and np.isnan(reciprocal(jnp.float32(np.nan)))
