@@ -84,7 +84,7 @@ def test_experts_are_a_loop_over_experts(recipe):
 
     @jax.jit
     def run(h, gate, w_up, w_down, d_y):
-        moe = lambda h, gate, w_up, w_down: fp8_ops(recipe).moe(h, topk, gate, ExpertWeights(w_up, w_down))
+        moe = lambda h, gate, w_up, w_down: fp8_ops(recipe).moe(h, jnp.asarray(topk), gate, ExpertWeights(w_up, w_down))
         y, vjp = jax.vjp(moe, h, gate, w_up, w_down)
         return y, *vjp(d_y)
 
@@ -109,7 +109,7 @@ def test_a_dense_network_is_one_expert_that_everyone_visits():
 
     dense = jax.jit(lambda: run(lambda h, up, down: ops.mlp(("mlp.gate_up", "mlp.down"), h, up, down)))()
     moe = jax.jit(lambda: run(lambda h, up, down: ops.moe(h, topk, ones, ExpertWeights(up[None], down[None]))))()
-    for a, b, bound in zip(dense, moe, (0, 0, 0, 2e-2), strict=True):  # moe quantises dy twice for dw_down
+    for a, b, bound in zip(dense, moe, (0, 0, 0, 6e-2), strict=True):  # moe quantises dy twice for the last
         assert distance(a, b) <= bound + 1e-6
 
 
