@@ -227,7 +227,7 @@ def test_a_bad_activation_reaches_the_loss(bad):
 
 @pytest.mark.slow
 def test_text_comes_from_the_quantised_model():
-    """Prefill over the latent cache against the forward pass, both by the recipe: apart by the absorbed `kv_b` alone."""
+    """Prefill over the latent cache against the forward pass, both by the recipe: only the absorbed `kv_b` differs."""
     config = dataclasses.replace(FAMILY["v3"], init_std=0.1)
     variables, batch = random_variables(config), random_batch(config)
     forward = jax.jit(lambda recipe: model(recipe, init_std=0.1).apply(variables, batch, method="forward")[0],
