@@ -100,6 +100,12 @@ MUTATIONS = [
              "row_of_pair = jnp.zeros(n_pairs", "row_of_sorted = jnp.minimum(row_of_sorted, n_rows // 2); "
              "row_of_pair = jnp.zeros(n_pairs",
              "tests/model/feed_forward_test.py::test_nothing_is_dropped_when_all_tokens_choose_the_same_experts"),
+    Mutation("the gate's weight missing from an expert's weight gradient", "kernels/swiglu_quantize.py",
+             "d_h, h = d_h * weight_M[:, None], h * weight_M[:, None]", "d_h = d_h * weight_M[:, None]",
+             "tests/kernels/scaled_test.py::test_swiglu_backward_against_float64"),
+    Mutation("the gradient by blocks where it is by tiles", "kernels/quantize.py",
+             '"inner": ALONG_ROWS', '"inner": BLOCK',
+             "tests/kernels/scaled_test.py -k one_read"),
     Mutation("gate and up halves of released weights swapped", "interop/layout.py",
              'gate_up), lead=lead)\n        yield entry(f"{name}.up_proj.weight", (width, d), (*path, gate_up), '
              "lead=lead, offset=width)",

@@ -54,8 +54,8 @@ class Rule(Node):
 
     def validate(self) -> None:
         for name in ("fprop_w", "dgrad_w"):
-            require(getattr(self, name).tile != "inner", f"rule.{name}.tile is 'inner'; weights have scales by block or "
-                    "tensor, so that both directions read the same values")
+            require(getattr(self, name).tile != "inner", f"rule.{name}.tile is 'inner'; weights have scales by block "
+                    "or tensor, so that both directions read the same values")
         require(self.interval > 0 and self.interval % TENSOR_CORE_STEP == 0
                 and (TILE % self.interval == 0 or self.interval % TILE == 0),
                 f"rule.interval is {self.interval}; expected 32, 64 or a multiple of {TILE}")

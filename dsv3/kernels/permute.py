@@ -49,7 +49,7 @@ def token_of_row(plan: Plan) -> jax.Array:
 
 
 def permute_tiles(tiles_TD: Tiles, token_J: jax.Array) -> Tiles:
-    """`permute` of quantised tokens with their scales: [J, D]. Rows of padding (token T or more) are 0, with scale 1."""
+    """`permute` of quantised tokens with their scales: [J, D]. Rows of padding (token >= T) are 0, with scale 1."""
     values = _gather_or_zero(tiles_TD.values, token_J)
     return Tiles(values, tiles_TD.scales.at[:, token_J].get(mode="fill", fill_value=1))
 

@@ -13,7 +13,7 @@ TILE = 128
 
 
 class Tiles(NamedTuple):
-    """A matrix in 8 bits with one scale for every 128 elements of a row: what a product reads along its inner dimension.
+    """A matrix in 8 bits, one scale for every 128 elements of a row: what a product reads along its inner dimension.
 
     `values` [R, C], of an 8-bit dtype, or bfloat16 as the carrier of a format without a dtype of its own. `scales`
     float32 [C / 128, R], a row of scales for each column of tiles: 512 contiguous bytes for 128 rows. R and C are

@@ -1,4 +1,4 @@
-"""SwiGLU with quantised results, in plain jnp: its input waits in 8 bits, its output is computed again (section 3.3.3)."""
+"""SwiGLU with quantised results, in plain jnp: its input waits in 8 bits, its output is made again (section 3.3.3)."""
 
 import jax
 import jax.numpy as jnp
@@ -40,4 +40,5 @@ def swiglu_backward_quantize(
         d_h, h = d_h * weight_M[:, None], h * weight_M[:, None]
     d_gate = d_h * up * sigmoid * (1 + gate * (1 - sigmoid))
     d_gate_up = jnp.concatenate([d_gate, d_h * silu], axis=1)
-    return quantize_rows(d_gate_up, rows), quantize_columns(d_gate_up, columns), quantize_columns(h, h_columns), d_weight_M
+    return (quantize_rows(d_gate_up, rows), quantize_columns(d_gate_up, columns), quantize_columns(h, h_columns),
+            d_weight_M)

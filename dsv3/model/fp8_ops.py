@@ -5,6 +5,7 @@ the input of SwiGLU as `swiglu_kept`, weights as dgrad reads them. Nothing waits
 of one read: the output of RMSNorm and of SwiGLU, and experts' rows, which are gathered from quantised tokens.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from dsv3.kernels.quantized_dot import (
     quantized_dot,
     wgrad_input,
 )
-from dsv3.kernels.scaled import Blocks, Tiles, decode_tiles, unpack_tiles, whole
+from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_tiles, unpack_tiles, whole
 from dsv3.kernels.swiglu import swiglu
 from dsv3.model import fp8_feed_forward
 from dsv3.model.ops import ExpertWeights, Ops, reference_ops
@@ -61,9 +62,16 @@ def linear(recipe: Recipe, site: str, x: jax.Array, w: jax.Array) -> jax.Array:
 def norm_linear(
     recipe: Recipe, sites: tuple[str, ...], x: jax.Array, gain: jax.Array, weights: tuple[jax.Array, ...], eps: float,
 ) -> tuple[jax.Array, ...]:
-    """Neighbouring sites of one rule share a quantised input and are one product."""
+    """Neighbouring sites of one rule share a quantised input and are one product.
+
+    But not where sums span tiles before they are promoted: side by side, each matrix has its own scales.
+    """
+    def shared_by(pair):
+        rule = recipe.quant.rule_of(pair[0])
+        return rule, pair[0] if rule and rule.interval > TILE else None
+
     outputs, x_MK = [], x.reshape(-1, x.shape[-1])
-    for rule, group in groupby(zip(sites, weights, strict=True), key=lambda pair: recipe.quant.rule_of(pair[0])):
+    for (rule, _), group in groupby(zip(sites, weights, strict=True), key=shared_by):
         names, matrices = zip(*group, strict=True)
         if rule is None:
             outputs += recipe.base.norm_linear(names, x, gain, matrices, eps)
@@ -74,9 +82,11 @@ def norm_linear(
     return tuple(outputs)
 
 
-def _side_by_side(weights: list[Blocks], axis: int) -> Blocks:
-    """Matrices beside each other along their rows (-2) or along the inner dimension (-1); each in whole blocks."""
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=axis), *weights)
+def _side_by_side(matrices: Sequence[Blocks] | Sequence[Tiles], axis: int) -> Blocks | Tiles:
+    """Whole blocks or tiles of several matrices after each other, along rows (0) or the inner dimension (1)."""
+    values, scales = zip(*matrices, strict=True)
+    scales_axis = axis if isinstance(matrices[0], Blocks) else 1 - axis
+    return type(matrices[0])(jnp.concatenate(values, axis=axis), jnp.concatenate(scales, axis=scales_axis))
 
 
 def _parts(array: jax.Array, widths: list[int]) -> list[jax.Array]:
@@ -87,15 +97,15 @@ def _parts(array: jax.Array, widths: list[int]) -> list[jax.Array]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _norm_dot(x_MK, gain_K, weights, eps, place):
-    """RMSNorm(x) times each of `weights`; of the normed input nothing waits: the backward pass makes it from x again."""
+    """RMSNorm(x) times each of `weights`. Of the normed x nothing waits: the backward pass makes it from x again."""
     return _norm_dot_forward(x_MK, gain_K, weights, eps, place)[0]
 
 
 def _norm_dot_forward(x_MK, gain_K, weights, eps, place):
     rows, _ = place.kernels.norm_quantize(x_MK, gain_K, eps, place.rule.fprop_x, None)
     forward_w, dgrad_w = zip(*(quantize_weights(w, place) for w in weights), strict=True)
-    y_MN = place.products.dot(rows, _side_by_side(forward_w, -2), x_MK.dtype)[:len(x_MK)]
-    return tuple(_parts(y_MN, [w.shape[1] for w in weights])), (x_MK, gain_K, _side_by_side(dgrad_w, -1))
+    y_MN = place.products.dot(rows, _side_by_side(forward_w, 0), x_MK.dtype)[:len(x_MK)]
+    return tuple(_parts(y_MN, [w.shape[1] for w in weights])), (x_MK, gain_K, _side_by_side(dgrad_w, 1))
 
 
 def _norm_dot_backward(eps, place, residuals, d_outputs):
@@ -104,16 +114,14 @@ def _norm_dot_backward(eps, place, residuals, d_outputs):
     normed_MK, norm_vjp = jax.vjp(lambda x, gain: rms_norm(x, gain, eps), x_MK, gain_K)
     d_rows, d_columns = zip(*(kernels.quantize_both(d_y, rule.dgrad_dy, rule.wgrad_dy) for d_y in d_outputs),
                             strict=True)
-    d_rows = Tiles(*(jnp.concatenate(parts, axis=axis) for parts, axis in zip(zip(*d_rows), (1, 0), strict=True)))
-    d_columns = Tiles(*(jnp.concatenate(parts, axis=axis) for parts, axis in zip(zip(*d_columns), (0, 1), strict=True)))
-    d_normed_MK = place.products.dot(d_rows, dgrad_w, x_MK.dtype)[:m, :k]
+    d_normed_MK = place.products.dot(_side_by_side(d_rows, 1), dgrad_w, x_MK.dtype)[:m, :k]
     if rule.kept is None:
         columns = kernels.quantize_columns(normed_MK, rule.wgrad_x)
     else:
         rows, _ = kernels.norm_quantize(x_MK, gain_K, eps, rule.kept, None)
         columns = kernels.requantize_columns(rows, rule.wgrad_x)
-    d_weights = _parts(place.products.weight_gradient(columns, d_columns)[:k], [d_y.shape[1] for d_y in d_outputs])
-    return *norm_vjp(d_normed_MK), tuple(d_weights)
+    d_w = place.products.weight_gradient(columns, _side_by_side(d_columns, 0))[:k]
+    return *norm_vjp(d_normed_MK), tuple(_parts(d_w, [d_y.shape[1] for d_y in d_outputs]))
 
 
 _norm_dot.defvjp(_norm_dot_forward, _norm_dot_backward)

@@ -68,14 +68,18 @@ def norm_linear(
     return tuple(linear(site, normed, w) for site, w in zip(sites, weights, strict=True))
 
 
+def attention(*heads: jax.Array, scale: float, segment_ids_BT: jax.Array | None) -> jax.Array:
+    return checkpoint_name(causal_attention(*heads, scale=scale, segment_ids_BT=segment_ids_BT), "attn.core")
+
+
 def attention_linear(
     site: str, q_nope_BTHN: jax.Array, q_rope_BTHR: jax.Array, k_nope_BTHN: jax.Array, k_rope_BTR: jax.Array,
     v_BTHU: jax.Array, w: jax.Array, *, scale: float, segment_ids_BT: jax.Array | None, attention: Callable,
 ) -> jax.Array:
+    """`attention` names what it keeps, its output with it."""
     with jax.named_scope("attention"):
         o_BTHU = attention(q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU,
                            scale=scale, segment_ids_BT=segment_ids_BT)
-    o_BTHU = checkpoint_name(o_BTHU, "attn.core")
     return linear(site, o_BTHU.reshape(*o_BTHU.shape[:2], -1), w)
 
 
@@ -106,7 +110,7 @@ def reference_ops(*, row_block: int = 64, loss_chunk: int = 1024) -> Ops:
     return Ops(
         linear=linear,
         norm_linear=norm_linear,
-        attention_linear=partial(attention_linear, attention=causal_attention),
+        attention_linear=partial(attention_linear, attention=attention),
         mlp=mlp,
         moe=partial(moe, row_block=row_block, grouped_dot=grouped_dot, keep_rows=True),
         loss=partial(cross_entropy, chunk=loss_chunk),

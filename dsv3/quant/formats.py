@@ -59,11 +59,11 @@ def round_to(x: jax.Array, fmt: Format) -> jax.Array:
     """float32 array of the values of `fmt` nearest to float32 `x`."""
     x = x.astype(jnp.float32)
     inside = jnp.clip(x, -fmt.largest, fmt.largest)
-    exponent = (jax.lax.bitcast_convert_type(inside, jnp.int32) >> 23 & 0xFF) - 127
-    step = jnp.maximum(exponent, fmt.smallest_exponent) - fmt.mantissa_bits
-    # Both factors are powers of two within float32's normal range, so only the rounding in between rounds.
-    power = lambda exponent: jax.lax.bitcast_convert_type(exponent + 127 << 23, jnp.float32)
-    rounded = jnp.copysign(jnp.round(inside * power(-step)) * power(step), x)
+    # Where numbers are normal, to so many bits of mantissa; below, to multiples of the smallest.
+    normal = jax.lax.reduce_precision(inside, exponent_bits=8, mantissa_bits=fmt.mantissa_bits)
+    unit = 2.0 ** (fmt.smallest_exponent - fmt.mantissa_bits)
+    subnormal = jnp.round(inside * (1 / unit)) * unit
+    rounded = jnp.where(jnp.abs(inside) < 2.0 ** fmt.smallest_exponent, subnormal, normal)
     return jnp.where(jnp.isfinite(x), rounded, x if fmt.infinities else jnp.nan)
 
 

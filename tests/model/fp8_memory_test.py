@@ -79,7 +79,7 @@ def predicted(fp8):
     routing = TOKENS * (4 * E + 2 * 4 * K) + 4 * ROWS  # scores, routes, rows of tokens, tokens of rows
     counts = 4 * (E + B * E)  # sizes of groups, choices of each sequence
     if fp8:
-        return inputs + routing + counts + 4 * E * 0 + (
+        return inputs + routing + counts + (
             scaled(TOKENS, HEADS * V, 1.5) + scaled(ROWS, 2 * F, 1) + scaled(TOKENS, 2 * F, 1))
     return inputs + routing + counts + 2 * (TOKENS * HEADS * V + ROWS * (DIM + 2 * F + DIM) + TOKENS * 2 * F)
 
@@ -104,10 +104,14 @@ def test_what_waits_is_what_was_counted():
 @pytest.mark.slow
 @pytest.mark.parametrize("remat, share", [("report", 0.47), ("none", 0.65)])
 def test_memory_falls_by_what_was_predicted(remat, share):
-    """XLA holds 8-bit floats in 16 bits inside loops on a CPU; with that, what is measured is what waits, within 3%."""
+    """What is measured is what waits, within 1%; under `none` XLA merges some tensors that wait twice, up to 6%.
+
+    On a CPU, XLA holds 8-bit floats in 16 bits inside loops: those bytes are found and taken off.
+    """
     measured = {}
     for name in BUNDLES:
         held, in_8_bits = waiting(name, remat)
         measured[name] = compiled_bytes(name, remat) - in_8_bits
-        assert abs(measured[name] / held - 1) < 0.03, (name, measured[name], held)
+        merged = 0.06 if remat == "none" else 0.01
+        assert 1 - merged < measured[name] / held < 1.01, (name, measured[name], held)
     assert measured["fp8"] < share * measured["bf16"]

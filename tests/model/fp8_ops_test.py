@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 from tiny_models import FAMILY, distance, random_batch, random_variables
 
 from dsv3.config import Site, UserError, resolve
+from dsv3.config.quant import change_all
+from dsv3.inference.cache import empty_caches
 from dsv3.kernels.attention import ATTENTION, Attention, Heads
 from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.norm import rms_norm
@@ -17,7 +20,8 @@ from dsv3.kernels.quantized_dot import quantized_dot
 from dsv3.model.fp8_ops import fp8_ops
 from dsv3.model.ops import ExpertWeights, reference_ops
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.ops import make_ops
+from dsv3.parallel import ops as parallel
+from dsv3.parallel.ops import make_ops, text_ops
 from dsv3.quant import tiles
 from dsv3.quant.formats import format_of
 
@@ -84,7 +88,7 @@ def test_experts_are_a_loop_over_experts(recipe):
 
     @jax.jit
     def run(h, gate, w_up, w_down, d_y):
-        moe = lambda h, gate, w_up, w_down: fp8_ops(recipe).moe(h, topk, gate, ExpertWeights(w_up, w_down))
+        moe = lambda h, gate, w_up, w_down: fp8_ops(recipe).moe(h, jnp.asarray(topk), gate, ExpertWeights(w_up, w_down))
         y, vjp = jax.vjp(moe, h, gate, w_up, w_down)
         return y, *vjp(d_y)
 
@@ -109,7 +113,7 @@ def test_a_dense_network_is_one_expert_that_everyone_visits():
 
     dense = jax.jit(lambda: run(lambda h, up, down: ops.mlp(("mlp.gate_up", "mlp.down"), h, up, down)))()
     moe = jax.jit(lambda: run(lambda h, up, down: ops.moe(h, topk, ones, ExpertWeights(up[None], down[None]))))()
-    for a, b, bound in zip(dense, moe, (0, 0, 0, 2e-2), strict=True):  # moe quantises dy twice for dw_down
+    for a, b, bound in zip(dense, moe, (0, 0, 0, 6e-2), strict=True):  # moe quantises dy twice for the last
         assert distance(a, b) <= bound + 1e-6
 
 
@@ -135,6 +139,10 @@ def test_sites_of_one_rule_share_one_product_and_give_what_each_gives_alone():
     for got, expected in zip((*y, *d_w), (*wanted[0], *wanted[3]), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)
     assert distance(d_x, wanted[1]) < 1e-6 and distance(d_gain, wanted[2]) < 1e-5
+    late = replace(change_all(FP8, tile="tensor").default, interval=256, accumulator="hopper")
+    traced = str(jax.make_jaxpr(lambda: together(x, gain, weights, recipe=replace(FP8, sites=(), default=late)))())
+    assert traced.count("custom_vjp_call") > str(jax.make_jaxpr(lambda: together(x, gain, weights))()).count(
+        "custom_vjp_call")  # each by itself: side by side, scales would change within an interval
     mixed = replace(FP8, sites=(Site(pattern="attn.kv_a", rule=None),))
     (q, kv), *_ = run(lambda *args: together(*args, recipe=mixed))
     np.testing.assert_allclose(q, wanted[0][0], rtol=1e-6, atol=1e-5)
@@ -217,6 +225,29 @@ def test_a_bad_activation_reaches_the_loss(bad):
     assert not np.isfinite(losses.main) and not np.isfinite(losses.mtp_D).any()
 
 
+@pytest.mark.slow
+def test_text_comes_from_the_quantised_model():
+    """Prefill over the latent cache against the forward pass, both by the recipe: only the absorbed `kv_b` differs."""
+    config = dataclasses.replace(FAMILY["v3"], init_std=0.1)
+    variables, batch = random_variables(config), random_batch(config)
+    forward = jax.jit(lambda recipe: model(recipe, init_std=0.1).apply(variables, batch, method="forward")[0],
+                      static_argnums=0)
+    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
+    decoded, _ = jax.jit(lambda: Transformer(config, text_ops(FP8)).apply(
+        variables, batch.tokens_BT, positions, empty_caches(config, 2, 16), method="decode"))()
+    quantised, plain = forward(FP8), forward(None)
+    assert 1e-4 < distance(decoded, quantised) < 0.7 * distance(decoded, plain)
+
+
 def test_there_are_no_hopper_kernels_for_it_yet(monkeypatch):
+    """`auto` warns on a Hopper GPU and takes the reference, `require` refuses."""
+    h100, warnings = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H100"), []
+    monkeypatch.setattr(parallel.jax, "devices", lambda: [h100])
+    monkeypatch.setattr(parallel.logging, "warning", lambda message, *values: warnings.append(message % values))
+    make_ops("auto", FP8)
+    assert len(warnings) == 1 and "products in 8 bits" in warnings[0]
+    with pytest.raises(UserError, match="no Hopper kernel for products in 8 bits"):
+        make_ops("require", FP8)
+    monkeypatch.undo()
     with pytest.raises(UserError, match="kernels=require needs a Hopper GPU"):
         make_ops("require", FP8)

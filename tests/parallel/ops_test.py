@@ -10,8 +10,7 @@ import pytest
 from tiny_models import model_config, random_batch, random_variables
 
 from dsv3.config import UserError
-from dsv3.kernels.attention import causal_attention
-from dsv3.model.ops import ExpertWeights, reference_ops
+from dsv3.model.ops import ExpertWeights, attention, reference_ops
 from dsv3.model.transformer import Transformer
 from dsv3.parallel import ops
 
@@ -29,7 +28,7 @@ def test_an_unknown_name_is_a_users_mistake():
 
 def test_a_cpu_gets_the_reference_and_cannot_be_required_to_do_more():
     for name in ("auto", "reference"):
-        assert ops.make_ops(name, None).attention_linear.keywords == {"attention": causal_attention}
+        assert ops.make_ops(name, None).attention_linear.keywords == {"attention": attention}
     with pytest.raises(UserError, match="kernels=require needs a Hopper GPU .* cpu; use"):
         ops.make_ops("require", None)
 
