@@ -150,7 +150,8 @@ def cases_of(name: str, load: str, n_experts: int, n_rows: int, n_in: int, n_out
     matrices = n_experts * n_in * n_out
     return [
         Case(f"forward, {load}", name, lambda seed: (rows(2 * seed, n_in), weights(2 * seed + 1), sizes_E),
-             contestants(False, n_rows, n_padded), flops, width * (n_rows * n_in + matrices) + 2 * n_rows * n_out, peak),
+             contestants(False, n_rows, n_padded), flops,
+             width * (n_rows * n_in + matrices) + 2 * n_rows * n_out, peak),
         Case(f"by rows, {load}", name, lambda seed: (rows(2 * seed, n_out), weights(2 * seed + 1), sizes_E),
              contestants(True, n_rows, n_padded), flops,
              width * (n_rows * n_out + matrices) + 2 * n_rows * n_in, peak),

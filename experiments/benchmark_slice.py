@@ -10,7 +10,9 @@ are 9.4 GB, float32 gradients 9.4, bfloat16 moments 9.4: 28.2 GB with embedding 
 `remat=report` are 255 kB a token and layer (rows of `down` 115, of `gate_up` 66, attention 33, the block's two inputs
 29, the rest 13): 16.7 GB for 16,384 tokens at once, half of that for 8,192. `none` adds about 400 kB: 43 GB in all. Two
 micro-batches need a second set of gradients (9.4 GB) and a pass that adds it, so one is faster wherever it fits. The
-moments are born after the gradients were measured; the optimizer then runs on the same gradients.
+moments are born after the gradients were measured; the optimizer then runs on the same gradients. As compiled for an
+H100, forward and backward take 8.8 GiB of weights, 8.8 of gradients and 24.9 besides (2 x 8,192 tokens: 17.4), without
+cuDNN's scratch, and the optimizer 26.3 in all.
 """
 
 import dataclasses

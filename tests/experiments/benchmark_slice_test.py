@@ -79,6 +79,7 @@ def small():
     return config, ops, make_inputs(config, ops)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_training_where_every_token_goes_everywhere():
     """Top 8 of 8: the router's choice is a permutation, so a draw that is one too gives the trainer's own gradients."""
     config, ops, inputs = small()
@@ -98,6 +99,7 @@ def test_gradients_are_those_of_training_where_every_token_goes_everywhere():
         assert distance(actual, expected) < 2e-5 or not np.any(expected)
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up():
     config, ops, inputs = small()
     parts = slice_config([*SMALL, "train.micro_batch_size=1"])
@@ -111,6 +113,7 @@ def test_micro_batches_add_up():
         assert distance(actual, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_draw_decides_the_load_that_experts_see():
     """Sent to one expert alone, the other seven get no gradient; the router's own load is reported all the same."""
     config, ops, inputs = small()
@@ -121,6 +124,7 @@ def test_the_draw_decides_the_load_that_experts_see():
     assert jnp.all(grads.load["moe_layers"] == inputs.batches.tokens_BT.size)
 
 
+@pytest.mark.slow
 def test_the_update_is_that_of_training_and_keeps_the_old_on_bad_numbers():
     config, _, inputs = small()
     state = jax.jit(adamw(config.train.optimizer).init)(inputs.params)

@@ -186,6 +186,7 @@ def test_grouped_references_against_a_loop():
     assert distance(weights_by_groups(rows, d_out, sizes), jnp.asarray(d_w)) < 1e-5
 
 
+@pytest.mark.slow
 def test_scaled_kernels_join_the_grouped_tables(monkeypatch):
     """A right one with the documented signature, and one that ignores the expert: the first passes alone."""
     def right(a, b, expert_Z, out_dtype):
