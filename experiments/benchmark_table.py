@@ -175,7 +175,7 @@ def measure(case: Case, copy_rate: float, peers: bool, soak: int) -> dict:
             checks[name] = check(entry, soak)
             entries[name] = entry
         except Exception as error:  # of any library: one that refuses a shape is a result too
-            errors[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+            errors[name] = f"{type(error).__name__}: {str(error).strip().partition('\n')[0][:300]}"
     ours = {name: (entry.program, entry.sets) for name, entry in entries.items() if entry.contestant.library == "jax"}
     calls = seconds({name: (jax_batch if name in ours else peers_torch.batch)(entry.program, entry.sets)
                      for name, entry in entries.items()}) if entries else {}
