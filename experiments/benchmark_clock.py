@@ -38,7 +38,8 @@ def compiled(function: Callable, name: str, inputs: Sequence) -> jax.stages.Comp
 
     run.__name__ = run.__qualname__ = "".join(letter if letter.isalnum() else "_" for letter in name)
     on_gpu = jax.devices()[0].platform == "gpu"
-    return jax.jit(run).lower(*inputs).compile({"xla_gpu_enable_command_buffer": ""} if on_gpu else None)
+    return jax.jit(run).lower(*inputs).compile(
+        compiler_options={"xla_gpu_enable_command_buffer": ""} if on_gpu else None)
 
 
 def jax_batch(program: Callable, sets: Sequence[Sequence]) -> Batch:

@@ -74,7 +74,9 @@ def plain_dot(a: jax.Array, b: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
 
 
 SCALED: dict[str, Callable] = {"decoded by XLA": decoded_dot}
-"""Products of quantised operands (a, b, out_dtype); the fastest first: it is what ratios compare with."""
+"""`scaled_dot(a: Tiles [M, K], b: Blocks [N, K], out_dtype)`; the fastest first: it is what ratios compare with."""
+SCALED_WEIGHTS: dict[str, Callable] = {"decoded by XLA": lambda a, b: decoded_dot(a, b, jnp.float32)}
+"""`scaled_weight_gradient(a: Tiles [D, T], b: Tiles [F, T])`, likewise."""
 
 
 def contestants(by_weights: bool) -> dict[str, Contestant]:
@@ -83,7 +85,9 @@ def contestants(by_weights: bool) -> dict[str, Contestant]:
     second = to_tiles if by_weights else to_blocks
     prepare = lambda a, b: (to_tiles(a), second(b))
     expected = lambda a, b: decode(a) @ decode(b).T
-    rows = {name: Contestant(lambda a, b, f=f: f(a, b, out_dtype), expected, prepare) for name, f in SCALED.items()}
+    forms = SCALED_WEIGHTS if by_weights else {
+        name: lambda a, b, f=f: f(a, b, out_dtype) for name, f in SCALED.items()}
+    rows = {name: Contestant(form, expected, prepare) for name, form in forms.items()}
     rows["bfloat16 by XLA"] = Contestant(
         lambda a, b: plain_dot(a, b, out_dtype), lambda a, b: a.astype(jnp.float32) @ b.astype(jnp.float32).T)
     return rows | {"cuBLASLt, block-scaled": cublas_contestant(second)}

@@ -5,6 +5,7 @@ with empty groups. Operations count real rows; the kernels also pass over what p
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ import numpy as np
 from dsv3.kernels.grouped_dot import block_experts, block_starts, grouped_dot, padded_rows
 from dsv3.kernels.grouped_dot_hopper import BLOCK, STEP, grouped_dot_hopper, rows_times_experts, weight_gradient
 from experiments import benchmark_table, peers_torch
-from experiments.benchmark_gemm import cublas_contestant, to_blocks
-from experiments.benchmark_table import BF16_FLOPS, Case, Contestant, normal
+from experiments.benchmark_gemm import cublas_contestant, decode, to_blocks, to_tiles
+from experiments.benchmark_table import BF16_FLOPS, FP8_FLOPS, Case, Contestant, normal
 
 GATE_UP, DOWN = (7168, 4096), (2048, 7168)
 EXPERTS = {
@@ -89,6 +90,37 @@ def weights_bf16(rows_JD: jax.Array, d_out_JF: jax.Array, sizes_E: jax.Array) ->
     return weight_gradient(rows_JD, block_starts(sizes_E, BLOCK), -(-sizes_E // STEP), d_out_JF)
 
 
+SCALED: dict[str, Callable] = {}
+"""`scaled_grouped_dot(a: Tiles [J, K], b: Blocks [E, N, K], expert_Z, out_dtype)`; the fastest first."""
+SCALED_WEIGHTS: dict[str, Callable] = {}
+"""`scaled_grouped_weight_gradient(a: Tiles [D, J], b: Tiles [F, J], start_E, steps_E)`, likewise."""
+
+
+def scaled_contestants(transpose: bool) -> dict[str, Contestant]:
+    """`SCALED`, on quantised rows and matrices whose inner dimension is last."""
+    def prepare(rows_JD, w_EDF, sizes_E):
+        w_ENK = w_EDF if transpose else w_EDF.swapaxes(1, 2)
+        expert_Z = block_experts(sizes_E, len(rows_JD) // BLOCK, BLOCK)
+        return to_tiles(rows_JD), to_blocks(w_ENK), expert_Z, sizes_E
+
+    def expected(a, b, expert_Z, sizes_E):
+        del expert_Z
+        return by_groups(decode(a), decode(b).swapaxes(1, 2), sizes_E)
+
+    return {name: Contestant(lambda a, b, expert_Z, sizes_E, f=f: f(a, b, expert_Z, jnp.bfloat16), expected, prepare)
+            for name, f in SCALED.items()}
+
+
+def scaled_weight_contestants() -> dict[str, Contestant]:
+    """`SCALED_WEIGHTS`, on both operands in tiles along the rows."""
+    def prepare(rows_JD, d_out_JF, sizes_E):
+        return to_tiles(rows_JD.T), to_tiles(d_out_JF.T), sizes_E
+
+    run = lambda a, b, sizes_E, f: f(a, b, block_starts(sizes_E, BLOCK), -(-sizes_E // BLOCK))
+    expected = lambda a, b, sizes_E: weights_by_groups(decode(a).T, decode(b).T, sizes_E)
+    return {name: Contestant(partial(run, f=f), expected, prepare) for name, f in SCALED_WEIGHTS.items()}
+
+
 def contestants(transpose: bool, n_real: int, n_padded: int) -> dict[str, Contestant]:
     """Forward, or by rows with `transpose`; the fastest first. torch gets the rows up to the end of the last group.
 
@@ -96,7 +128,7 @@ def contestants(transpose: bool, n_real: int, n_padded: int) -> dict[str, Contes
     """
     turned = lambda w_EDF: w_EDF.swapaxes(1, 2) if transpose else w_EDF
     expected = _float32(lambda rows, w, sizes: by_groups(rows, turned(w), sizes))
-    return {
+    return scaled_contestants(transpose) | {
         "bfloat16": Contestant(lambda *inputs: forward_bf16(*inputs, transpose=transpose), expected),
         "torch grouped_mm, bfloat16": Contestant(
             peers_torch.grouped_dot, _float32(by_ends),
@@ -114,15 +146,18 @@ def cases_of(name: str, load: str, n_experts: int, n_rows: int, n_in: int, n_out
     weights = lambda seed: normal(seed, n_experts, n_in, n_out)
     n_padded = int(ends(sizes_E)[-1])
     flops = 2 * n_rows * n_in * n_out
-    moved = 2 * (n_rows * (n_in + n_out) + n_experts * n_in * n_out)
+    peak, width = (FP8_FLOPS, 1) if SCALED else (BF16_FLOPS, 2)
+    matrices = n_experts * n_in * n_out
     return [
         Case(f"forward, {load}", name, lambda seed: (rows(2 * seed, n_in), weights(2 * seed + 1), sizes_E),
-             contestants(False, n_rows, n_padded), flops, moved, BF16_FLOPS),
+             contestants(False, n_rows, n_padded), flops,
+             width * (n_rows * n_in + matrices) + 2 * n_rows * n_out, peak),
         Case(f"by rows, {load}", name, lambda seed: (rows(2 * seed, n_out), weights(2 * seed + 1), sizes_E),
-             contestants(True, n_rows, n_padded), flops, moved, BF16_FLOPS),
+             contestants(True, n_rows, n_padded), flops,
+             width * (n_rows * n_out + matrices) + 2 * n_rows * n_in, peak),
         Case(f"by weights, {load}", name, lambda seed: (rows(2 * seed, n_in), rows(2 * seed + 1, n_out), sizes_E),
-             {"bfloat16": Contestant(weights_bf16, _float32(weights_by_groups))},
-             flops, moved + 2 * n_experts * n_in * n_out, BF16_FLOPS),
+             scaled_weight_contestants() | {"bfloat16": Contestant(weights_bf16, _float32(weights_by_groups))},
+             flops, width * n_rows * (n_in + n_out) + 4 * matrices, peak),
     ]
 
 

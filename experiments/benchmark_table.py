@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import flags
+from absl import flags, logging
 
 from dsv3.config import require
 from dsv3.parallel.ops import is_hopper
@@ -101,9 +101,13 @@ def check(entry: Entry, soak: int) -> tuple[float, bool]:
     result = entry.program(*inputs)
     error = distance(result, expected)
     del expected
-    same = jax.jit(lambda a, b: jnp.all(jnp.stack([jnp.all(_bits(x) == _bits(y)) for x, y in zip(
-        jax.tree.leaves(a), jax.tree.leaves(b), strict=True)])))
-    return error, all(bool(same(result, entry.program(*inputs))) for _ in range(soak))
+    return error, all(bool(_same_bits(result, entry.program(*inputs))) for _ in range(soak))
+
+
+@jax.jit
+def _same_bits(one, other) -> jax.Array:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return jnp.all(jnp.stack([jnp.all(_bits(x) == _bits(y)) for x, y in pairs]))
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -141,6 +145,15 @@ def temporary_bytes(entry: Entry) -> int | None:
     return None if memory is None else memory.temp_size_in_bytes
 
 
+def traced(case: Case, programs: dict) -> dict[str, float]:
+    """`device_seconds`, or nothing, with a warning, where the trace does not have them."""
+    try:
+        return device_seconds(programs) if programs else {}
+    except AssertionError as error:
+        logging.warning("%s, %s: %s; figures are of whole calls", case.group, case.name, error)
+        return {}
+
+
 def figures(case: Case, entry: Entry, floor: float, call: float, device: float | None) -> dict:
     """Of one contestant; rates and shares from the time of its kernels where a trace has it."""
     took = device or call
@@ -162,11 +175,11 @@ def measure(case: Case, copy_rate: float, peers: bool, soak: int) -> dict:
             checks[name] = check(entry, soak)
             entries[name] = entry
         except Exception as error:  # of any library: one that refuses a shape is a result too
-            errors[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+            errors[name] = f"{type(error).__name__}: {str(error).strip().partition('\n')[0][:300]}"
     ours = {name: (entry.program, entry.sets) for name, entry in entries.items() if entry.contestant.library == "jax"}
     calls = seconds({name: (jax_batch if name in ours else peers_torch.batch)(entry.program, entry.sets)
                      for name, entry in entries.items()}) if entries else {}
-    device = device_seconds(ours) if ours else {}
+    device = traced(case, ours)
     floor = max(case.flops / case.peak, case.bytes / copy_rate)
     rows = {name: figures(case, entry, floor, calls[name], device.get(name)) for name, entry in entries.items()}
     for name, (error, repeats) in checks.items():

@@ -75,7 +75,7 @@ def right_programs(tunable: Tunable, shape: tuple[int, ...], sets: Sequence) -> 
             poison(jax.eval_shape(function, *sets[0]))
             error = distance(program(*sets[0]), expected)
         except Exception as refused:  # the compiler's own errors have no common class
-            print(f"    {spelled(parameters)}: {str(refused).strip().splitlines()[0][:160]}", flush=True)
+            print(f"    {spelled(parameters)}: {str(refused).strip().partition('\n')[0][:160]}", flush=True)
             continue
         if error <= tunable.bound:
             yield parameters, program

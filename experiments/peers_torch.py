@@ -166,9 +166,8 @@ def measure_slice(sequences: int, length: int, repeats: int, **sizes) -> dict:
     config = DeepseekV3Config(**(SLICE | sizes))
     config._attn_implementation, config._experts_implementation = "sdpa", "grouped_mm"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        model = DeepseekV3ForCausalLM(config).train()
+        model = DeepseekV3ForCausalLM(config).to(torch.bfloat16).train()
         tokens = torch.randint(config.vocab_size, (sequences, length))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
 

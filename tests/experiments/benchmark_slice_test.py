@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import cache
 
 import chex
 import jax
@@ -15,6 +16,7 @@ from dsv3.model.ops import reference_ops
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.mesh import make_mesh
 from dsv3.train import step
+from dsv3.train.optimizer import adamw
 from experiments.benchmark_slice import (
     DRAWS,
     SKEW,
@@ -31,7 +33,7 @@ from experiments.benchmark_slice import (
 )
 
 SMALL = (
-    "kernels=reference", "model.dtype=float32", "model.dim=32", "model.vocab_size=256", "model.n_layers=2",
+    "kernels=reference", "model.dtype=float32", "model.dim=32", "model.vocab_size=256", "model.n_layers=1",
     "model.scan_unroll=1", "model.attention.n_heads=2", "model.attention.q_lora_rank=16",
     "model.attention.kv_lora_rank=16", "model.attention.qk_nope_head_dim=8", "model.attention.qk_rope_head_dim=4",
     "model.attention.v_head_dim=8", "model.moe.moe_inter_dim=16", "train.seq_len=32", "data.eval_stride=32",
@@ -46,7 +48,7 @@ def test_the_slice_is_v3_with_four_layers_and_the_floor_of_the_notes():
     assert floor_microseconds(model, 4096) == pytest.approx(1.77 + 0.61, abs=0.005)
     assert slice_config(["train.micro_batch_size=2"]).train.micro_batch_size == 2
     with pytest.raises(UserError, match="given twice"):
-        slice_config(["model.n_layers=2", "model.n_layers=3"])
+        slice_config(["model.n_layers=1", "model.n_layers=3"])
 
 
 def test_draws_are_skewed_and_repeat_experts():
@@ -60,22 +62,24 @@ def test_draws_are_skewed_and_repeat_experts():
 
 
 def test_rows_follow_a_draw_that_the_router_picks():
-    seen = []
-    recorded = lambda x, topk, n_experts: seen.append(topk)
-    ops = dataclasses.replace(reference_ops(), dispatch=recorded)
+    seen, ops = [], reference_ops()
+    name, = {"dispatch", "moe"} & {field.name for field in dataclasses.fields(ops)}
+    recorded = dataclasses.replace(ops, **{name: lambda x, topk, *rest: seen.append((topk, rest))})
     draws = jnp.arange(3 * 5 * 2).reshape(3, 5, 2)
     for first in range(4):
         router = jnp.zeros((5, 2), jnp.int32).at[2, 0].set(first)
-        with_draws(ops, draws).dispatch(None, router, 8)
-        np.testing.assert_array_equal(seen[-1], draws[first % 3])
+        getattr(with_draws(recorded, draws), name)(None, router, 8)
+        np.testing.assert_array_equal(seen[-1][0], draws[first % 3])
+        assert seen[-1][1] == (8,)
 
 
-def small(*overrides):
-    config = slice_config([*SMALL, *overrides])
-    ops = reference_ops()
+@cache
+def small():
+    config, ops = slice_config(SMALL), reference_ops()
     return config, ops, make_inputs(config, ops)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_training_where_every_token_goes_everywhere():
     """Top 8 of 8: the router's choice is a permutation, so a draw that is one too gives the trainer's own gradients."""
     config, ops, inputs = small()
@@ -83,8 +87,8 @@ def test_gradients_are_those_of_training_where_every_token_goes_everywhere():
     everywhere = jnp.broadcast_to(jnp.arange(8), (1, DRAWS, n_tokens, 8))
     uniform = dataclasses.replace(config.model.moe, score_func="softmax", norm_topk_prob=True)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=uniform))
-    zero = jax.tree.map(jnp.zeros_like, inputs.params["moe_layers"]["moe"]["gate"])
-    inputs.params["moe_layers"]["moe"]["gate"] = zero  # equal scores: the same weight whatever the order
+    equal = lambda path, p: jnp.zeros_like(p) if path[-1].key == "gate" else p  # one weight, whatever the order
+    inputs = inputs._replace(params=jax.tree.map_with_path(equal, inputs.params))
     ours = jax.jit(make_gradients(config, ops))(*inputs._replace(draws=everywhere))
 
     recipe = step.make_recipe(Transformer(config.model, ops), config.train, False, make_mesh(config.mesh))
@@ -95,6 +99,7 @@ def test_gradients_are_those_of_training_where_every_token_goes_everywhere():
         assert distance(actual, expected) < 2e-5 or not np.any(expected)
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up():
     config, ops, inputs = small()
     parts = slice_config([*SMALL, "train.micro_batch_size=1"])
@@ -108,6 +113,7 @@ def test_micro_batches_add_up():
         assert distance(actual, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_draw_decides_the_load_that_experts_see():
     """Sent to one expert alone, the other seven get no gradient; the router's own load is reported all the same."""
     config, ops, inputs = small()
@@ -118,15 +124,14 @@ def test_the_draw_decides_the_load_that_experts_see():
     assert jnp.all(grads.load["moe_layers"] == inputs.batches.tokens_BT.size)
 
 
+@pytest.mark.slow
 def test_the_update_is_that_of_training_and_keeps_the_old_on_bad_numbers():
     config, _, inputs = small()
-    from dsv3.train.optimizer import adamw
-
-    state = adamw(config.train.optimizer).init(inputs.params)
+    state = jax.jit(adamw(config.train.optimizer).init)(inputs.params)
     grads = jax.tree.map(lambda p: 0.01 * jnp.sign(p) + 0.001, inputs.params)
     update = jax.jit(make_update(config))
     params, new_state = update(inputs.params, state, grads)
-    updates, expected_state = adamw(config.train.optimizer).update(grads, state, inputs.params)
+    updates, expected_state = jax.jit(adamw(config.train.optimizer).update)(grads, state, inputs.params)
     chex.assert_trees_all_close(new_state, expected_state, rtol=1e-6)
     chex.assert_trees_all_close(params, jax.tree.map(lambda p, u: p - 1e-6 * u, inputs.params, updates), rtol=1e-6)
     bad = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), grads)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3.config import UserError
-from experiments import benchmark_table
+from experiments import benchmark_grouped, benchmark_table
 from experiments.benchmark_attention import cases_of as attention_cases
 from experiments.benchmark_attention import few_heads_at_once, inputs_of
 from experiments.benchmark_clock import CACHE_BYTES, compiled, copies_needed, device_seconds, n_bytes, seconds
@@ -184,6 +184,29 @@ def test_grouped_references_against_a_loop():
         d_w[expert] = np.asarray(rows[part], np.float64).T @ np.asarray(d_out[part])
     assert distance(by_groups(rows, w, sizes), jnp.asarray(out)) < 1e-5
     assert distance(weights_by_groups(rows, d_out, sizes), jnp.asarray(d_w)) < 1e-5
+
+
+@pytest.mark.slow
+def test_scaled_kernels_join_the_grouped_tables(monkeypatch):
+    """A right one with the documented signature, and one that ignores the expert: the first passes alone."""
+    def right(a, b, expert_Z, out_dtype):
+        each = jax.vmap(lambda rows, expert: rows @ decode(b)[expert].T)
+        out_ZBN = each(decode(a).reshape(-1, 128, a.values.shape[1]), expert_Z)
+        return out_ZBN.reshape(len(a.values), -1).astype(out_dtype)
+
+    def by_weights(a, b, start_E, steps_E):
+        block_J = jnp.arange(a.values.shape[1]) // 128
+        first_E = start_E // 128
+        inside_EJ = (block_J[None] >= first_E[:, None]) & (block_J[None] < (first_E + steps_E)[:, None])
+        return jnp.einsum("dj,fj,ej->edf", decode(a), decode(b), inside_EJ.astype(jnp.float32))
+
+    monkeypatch.setattr(benchmark_grouped, "SCALED", {
+        "right": right, "wrong": lambda a, b, expert_Z, out_dtype: right(a, b, 0 * expert_Z, out_dtype)})
+    monkeypatch.setattr(benchmark_grouped, "SCALED_WEIGHTS", {"right": by_weights})
+    for case in benchmark_grouped.cases_of("toy", "empty", 3, 300, 128, 256):
+        scaled = {name: one for name, one in case.contestants.items() if name in ("right", "wrong")}
+        row = measure(case._replace(contestants=scaled), COPY_RATE, False, soak=1)
+        assert row["errors"] == {} and bad(case, row) == ["wrong"][:len(scaled) - 1]
 
 
 def test_operands_are_padded_and_decode_to_what_they_were():
