@@ -66,6 +66,11 @@ def wild(seed: int, *shape: int) -> jax.Array:
     return x.at[:, 17].set(-0.0)
 
 
+def padded(x_MK: jax.Array) -> jax.Array:
+    """To whole tiles."""
+    return jnp.pad(x_MK, [(0, -size % 128) for size in x_MK.shape])
+
+
 def rows_in_jnp(x_MK: jax.Array, operand: Operand) -> Tiles:
     fmt = format_of(operand.format)
     # The largest of the bits of magnitudes: XLA's maximum of numbers loses NaNs on a CPU.
@@ -153,6 +158,10 @@ CASES = {
         lambda x, s: quantize_hopper.quantize_both(x, E4M3, E4M3, s),
         lambda x: (rows_in_jnp(x, E4M3), rows_in_jnp(x.T, E4M3)),
         lambda m, k: [normal(0, m, k)], settings_of("both", *TWO_FORMS), (384, 512), TOKENS, True),
+    "both, ragged": Case(
+        lambda x, s: quantize_hopper.quantize_both(x, E4M3, E4M3, s),
+        lambda x: (rows_in_jnp(padded(x), E4M3), rows_in_jnp(padded(x).T, E4M3)),
+        lambda m, k: [normal(0, m, k)], settings_of("both", (2, 1, 1), (2, 2, 1)), (200, 576), [(16384, 2112)], True),
     "both, special numbers": Case(
         lambda x, s: quantize_hopper.quantize_both(x, E5M2_POWER, E5M6_POWER, s),
         lambda x: (rows_in_jnp(x, E5M2_POWER), rows_in_jnp(x.T, E5M6_POWER)),
