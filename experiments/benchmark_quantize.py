@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv3.config.quant import Operand
 from dsv3.kernels import (
@@ -31,6 +32,8 @@ E5M2_POWER = Operand(format="e5m2", tile="inner", power_of_two=True)
 E5M6_POWER = Operand(format="e5m6", tile="inner", power_of_two=True)
 BLOCK = Operand(format="e4m3", tile="block", power_of_two=False)
 E4M3_FORMAT = format_of("e4m3")
+MEMORY = 10e9
+"""Bytes that the inputs and outputs of one timing program may take, about."""
 REPEATS = 100
 """Runs whose results must be equal to the bit: a race shows as a difference."""
 
@@ -64,6 +67,11 @@ def wild(seed: int, *shape: int) -> jax.Array:
     """With tiles of zeros, subnormals, infinities and NaNs."""
     x = normal(seed, *shape).at[3].set(0).at[5].set(1e-40).at[7, 1].set(jnp.inf).at[9, 40].set(jnp.nan)
     return x.at[:, 17].set(-0.0)
+
+
+def padded(x_MK: jax.Array) -> jax.Array:
+    """To whole tiles."""
+    return jnp.pad(x_MK, [(0, -size % 128) for size in x_MK.shape])
 
 
 def rows_in_jnp(x_MK: jax.Array, operand: Operand) -> Tiles:
@@ -153,6 +161,10 @@ CASES = {
         lambda x, s: quantize_hopper.quantize_both(x, E4M3, E4M3, s),
         lambda x: (rows_in_jnp(x, E4M3), rows_in_jnp(x.T, E4M3)),
         lambda m, k: [normal(0, m, k)], settings_of("both", *TWO_FORMS), (384, 512), TOKENS, True),
+    "both, ragged": Case(
+        lambda x, s: quantize_hopper.quantize_both(x, E4M3, E4M3, s),
+        lambda x: (rows_in_jnp(padded(x), E4M3), rows_in_jnp(padded(x).T, E4M3)),
+        lambda m, k: [normal(0, m, k)], settings_of("both", (2, 1, 1), (2, 2, 1)), (200, 576), [(16384, 2112)], True),
     "both, special numbers": Case(
         lambda x, s: quantize_hopper.quantize_both(x, E5M2_POWER, E5M6_POWER, s),
         lambda x: (rows_in_jnp(x, E5M2_POWER), rows_in_jnp(x.T, E5M6_POWER)),
@@ -230,21 +242,28 @@ def poison(like) -> None:
     jax.block_until_ready([jnp.full(x.shape, jnp.nan, x.dtype) for x in jax.tree.leaves(like)])
 
 
-def seconds(function: Callable, *arguments, repeats: int = 20) -> float:
-    """Median over five batches of `repeats` calls of a compiled function."""
-    jax.block_until_ready([function(*arguments) for _ in range(2)])
+def seconds(function: Callable, inputs: list[jax.Array], n_bytes: int) -> float:
+    """Median over five runs of one program that calls `function` on several copies of its inputs in turn.
+
+    One program, because launching each call from the host takes as long as a small kernel; several copies, so that no
+    call finds its inputs in the cache.
+    """
+    n_calls = int(np.clip(MEMORY // n_bytes, 2, 20))
+    inner = jax.jit(function)
+    program = jax.jit(lambda copies: [inner(*copy) for copy in copies])
+    copies = [jax.tree.map(jnp.copy, inputs) for _ in range(n_calls)]
     times = []
-    for _ in range(5):
+    for _ in range(6):
         start = time.perf_counter()
-        jax.block_until_ready([function(*arguments) for _ in range(repeats)])
-        times.append((time.perf_counter() - start) / repeats)
-    return sorted(times)[2]
+        jax.block_until_ready(program(copies))
+        times.append((time.perf_counter() - start) / n_calls)
+    return sorted(times[1:])[2]
 
 
 def copy_rate() -> float:
     """GB/s of a large copy, bytes read and written."""
     big = jnp.ones((2 ** 14, 2 ** 15), jnp.bfloat16)
-    return 2e-9 * big.nbytes / seconds(jax.jit(lambda x: x * 2), big, repeats=10)
+    return 2e-9 * big.nbytes / seconds(lambda x: x * 2, [big], 2 * big.nbytes)
 
 
 def check(case: Case, setting) -> str:
@@ -266,15 +285,15 @@ def check(case: Case, setting) -> str:
 
 def moved(inputs, outputs) -> int:
     """Bytes of all inputs and outputs."""
-    return sum(x.nbytes for x in jax.tree.leaves((inputs, outputs)))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs)))
 
 
 def measure(case: Case, shape, setting, copy: float) -> str:
     inputs = case.inputs(*shape)
-    kernel = jax.jit(lambda *a: case.kernel(*a, setting))
+    kernel = lambda *a: case.kernel(*a, setting)
     outputs = jax.eval_shape(kernel, *inputs)
-    time_s = seconds(kernel, *inputs)
     counts = {"": moved(inputs, outputs)}
+    time_s = seconds(kernel, inputs, counts[""])
     if case.gathered is not None:
         counts[", counting repeated reads"] = case.gathered(moved((), outputs))
     rates = (f"{1e-9 * n_bytes / time_s:6.0f} GB/s {1e-9 * n_bytes / time_s / copy:6.1%} of a copy{how}"
@@ -284,8 +303,8 @@ def measure(case: Case, shape, setting, copy: float) -> str:
 
 def reference_line(case: Case, shape) -> str:
     inputs = case.inputs(*shape)
-    time_s = seconds(jax.jit(case.reference), *inputs, repeats=5)
     n_bytes = moved(inputs, jax.eval_shape(case.reference, *inputs))
+    time_s = seconds(case.reference, inputs, n_bytes)
     return f"{1e6 * time_s:9.1f} us {1e-9 * n_bytes / time_s:6.0f} GB/s"
 
 

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config.quant import Operand
@@ -14,6 +15,12 @@ from dsv3.quant.tiles import scale_of
 E4M3 = Operand(format="e4m3", tile="inner", power_of_two=False)
 OPERANDS = [Operand(format=fmt, tile="inner", power_of_two=power) for fmt in ("e4m3", "e5m2", "e5m6")
             for power in (False, True)]
+
+
+def slow(*values):
+    """Parameters of the slow tests."""
+    return [pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+            for value in values]
 
 
 def name_of(operand):

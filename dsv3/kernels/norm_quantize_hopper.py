@@ -29,8 +29,17 @@ from dsv3.kernels.tile_hopper import (
 
 NORM = Streaming(stages=2, blocks=1, split=4)
 """Best on an H100. `split` is the rows of one step, each with a warpgroup of its own: a divisor of 128."""
-WHOLE_ROW = plgpu.Layout.TILED(plgpu.Tiling(((4, TILE), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-"""A row as [tiles, 128], every tile in one warp: rows are multiples of 512 elements."""
+
+
+def layout_of_row(k: int) -> plgpu.Layout:
+    """How a warpgroup holds a row as [K / 128, 128]: every tile in one warp, or in half of one where K allows.
+
+    All threads of a tile compute its scale, so the fewer they are, the better.
+    """
+    if k % (8 * TILE):
+        return plgpu.Layout.TILED(plgpu.Tiling(((4, TILE), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((8, TILE), (2, TILE), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def norm_quantize(
@@ -48,7 +57,7 @@ def norm_quantize(
 
 
 def _normed_rows(x_MK, gain_K, eps, operand, settings):
-    (m, k), at_once = x_MK.shape, settings.split
+    (m, k), at_once, whole_row = x_MK.shape, settings.split, layout_of_row(x_MK.shape[1])
     row = lambda dtype: Piece((k // TILE, TILE), dtype, swizzle=0)
     everywhere = plgpu.Layout.TILED(
         plgpu.Tiling(((k // TILE,),)), warp_dims=(plgpu.Replicated(4),), lane_dims=(plgpu.Replicated(32),),
@@ -59,12 +68,12 @@ def _normed_rows(x_MK, gain_K, eps, operand, settings):
             @pl.when(step.group == mine)
             def _(mine=mine):
                 values_smem, sums = staged[mine], staged[at_once + mine]
-                x = plgpu.load(pieces[mine], layout=WHOLE_ROW, optimized=False)
+                x = plgpu.load(pieces[mine], layout=whole_row, optimized=False)
                 x32 = x.astype(jnp.float32)
                 sums[...] = jnp.sum(x32 * x32, axis=1)
                 plgpu.commit_smem()
                 factor = lax.rsqrt(jnp.sum(plgpu.load(sums, layout=everywhere, optimized=False)) / k + eps)
-                gain = plgpu.load(step.constants[0], layout=WHOLE_ROW, optimized=False)
+                gain = plgpu.load(step.constants[0], layout=whole_row, optimized=False)
                 values, scales = quantize_piece((x32 * factor * gain).astype(x.dtype), operand)
                 index = step.i * at_once + mine
                 reuse()

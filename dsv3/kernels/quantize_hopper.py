@@ -40,9 +40,14 @@ class Form(NamedTuple):
     columns: bool
 
 
-def padded(x_MK: jax.Array) -> jax.Array:
-    """With zeros to whole squares."""
-    widths = [(0, -size % TILE) for size in x_MK.shape]
+def whole(size: int) -> int:
+    """`size` rounded up to whole squares."""
+    return -(-size // TILE) * TILE
+
+
+def padded(x_MK: jax.Array, rows: int = TILE, columns: int = TILE) -> jax.Array:
+    """With zeros to multiples of so many rows and columns."""
+    widths = [(0, -size % multiple) for size, multiple in zip(x_MK.shape, (rows, columns), strict=True)]
     return jnp.pad(x_MK, widths) if any(right for _, right in widths) else x_MK
 
 
@@ -86,8 +91,8 @@ def square_of(ref, i, j):
 
 def quantize_forms(x_MK: jax.Array, forms: list[Form], settings: Streaming) -> list[Tiles]:
     """Every form of a bfloat16 matrix from one read."""
-    x_MK = padded(x_MK)
-    m, k = x_MK.shape
+    m, k = map(whole, x_MK.shape)
+    x_MK = padded(x_MK, 8, TILE // 2)  # what the copy engine counts in; beyond the array it reads zeros
 
     def work(step, pieces, staged, outputs):
         for index, form in enumerate(forms):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_kernels import E4M3, OPERANDS, assert_close, interpreted, reference
+from hopper_kernels import E4M3, OPERANDS, assert_close, interpreted, reference, slow
 
 from dsv3.config import UserError
 from dsv3.kernels.norm import rms_norm
@@ -26,7 +26,7 @@ def problem(m, k):
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("m, k", [(128, 512), (40, 1024)])
+@pytest.mark.parametrize("m, k", [(40, 512), *slow((128, 1024))])
 def test_rows_and_columns_of_the_normalised(settings, m, k):
     x_MK, gain_K = problem(m, k)
     rows, columns = interpreted(
@@ -54,6 +54,7 @@ def test_rows_of_broken_vectors_are_refused():
         norm_quantize(*problem(128, 640), EPS, E4M3, None)
 
 
+@pytest.mark.slow
 def test_the_formula_is_that_of_the_library():
     """`assert_close` forgives neighbouring codes; most tiles must be equal to the bit."""
     x_MK, gain_K = problem(128, 512)
