@@ -9,6 +9,7 @@ from absl import logging
 from dsv3.config import QuantConfig, UserError, require
 from dsv3.kernels import attention_cudnn, grouped_dot_hopper
 from dsv3.kernels.attention import ATTENTION, Attention, Heads, attend
+from dsv3.kernels.fp8_hopper import hopper_kernels
 from dsv3.kernels.fp8_kernels import REFERENCE, Kernels
 from dsv3.kernels.grouped_dot import grouped_dot
 from dsv3.model.fp8_ops import fp8_ops
@@ -67,14 +68,9 @@ def with_recipe(recipe: QuantConfig | None, base: Ops, kernels: Callable[[], Ker
     return base if recipe is None else fp8_ops(recipe, kernels(), base)
 
 
-def hopper_kernels(refuse: Callable[[str], None]) -> Kernels:
-    """Attention is cuDNN's; there are no 8-bit products for Hopper yet."""
-    refuse("products in 8 bits")
-    return REFERENCE._replace(attention=chosen_attention(refuse))
-
-
 def _on_hopper(recipe: QuantConfig | None, refuse: Callable[[str], None]) -> Ops:
-    return with_recipe(recipe, with_fallbacks(refuse), partial(hopper_kernels, refuse))
+    kernels = partial(hopper_kernels, jax.devices()[0].device_kind, chosen_attention(refuse), refuse)
+    return with_recipe(recipe, with_fallbacks(refuse), kernels)
 
 
 def text_ops(recipe: QuantConfig | None) -> Ops:

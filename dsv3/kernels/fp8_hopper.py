@@ -1,0 +1,125 @@
+"""Training in 8 bits on a Hopper GPU: every function of `Kernels` in its fast form, or the reference after a refusal.
+
+Every fast form is compiled by itself, so that a model with many equal layers lowers each kernel once.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3.config import Operand
+from dsv3.kernels import (
+    norm_quantize_hopper,
+    permute_hopper,
+    quantize_hopper,
+    scaled_dot,
+    scaled_products_hopper,
+    swiglu_quantize_hopper,
+    weights_quantize_hopper,
+)
+from dsv3.kernels.attention import Attention
+from dsv3.kernels.fp8_kernels import REFERENCE, Kernels
+from dsv3.kernels.norm import rms_norm
+from dsv3.kernels.scaled import TILE, Tiles
+from dsv3.kernels.scaled_dot import Products
+
+
+def _coarse(*operands: Operand | None) -> str | None:
+    found = [operand.tile for operand in operands if operand is not None and operand.tile != "inner"]
+    return f"scales by {found[0]} of an activation: they must be by inner tiles" if found else None
+
+
+def _not_bfloat16(x: jax.Array) -> str | None:
+    return None if x.dtype == jnp.bfloat16 else f"activations in {x.dtype.name}: they must be bfloat16"
+
+
+def _narrow(width: int, multiple: int) -> str | None:
+    return f"rows of {width} elements: they must be multiples of {multiple}" if width % multiple else None
+
+
+def _of_tokens(x: jax.Array, *operands: Operand | None) -> str | None:
+    return _not_bfloat16(x) or _coarse(*operands)
+
+
+def _of_weights(w: jax.Array, operand: Operand) -> str | None:
+    if operand.tile != "block" or operand.format == "e5m6":
+        return f"weights in {operand.format} with scales by {operand.tile}: they must have 8 bits and blocks"
+    return None
+
+
+def _of_swiglu(gate_up: jax.Array, *operands: Operand | None) -> str | None:
+    return _of_tokens(gate_up, *operands) or _narrow(gate_up.shape[1], 2 * TILE)
+
+
+def _of_swiglu_backward(kept: Tiles | jax.Array, d_h: jax.Array, weight, *operands: Operand) -> str | None:
+    return _of_tokens(d_h, *operands) or _narrow(2 * d_h.shape[1], 2 * TILE)
+
+
+def _either(refusal: Callable, fast: Callable, slow: Callable, refuse: Callable[[str], None]) -> Callable:
+    """`fast`, or `slow` after `refuse(reason)` for arguments that `refusal` has a reason against."""
+    def run(*arguments):
+        reason = refusal(*arguments)
+        if reason:
+            refuse(reason)
+        return (slow if reason else fast)(*arguments)
+
+    return run
+
+
+def _products(interval: int, accumulator: str, *, kind: str, refuse: Callable[[str], None]) -> Products:
+    slow, reason = scaled_dot.products(interval, accumulator), scaled_products_hopper.refusal(interval, accumulator)
+    if reason:
+        refuse(reason)
+        return slow
+    of_operands = lambda a, b, *rest: scaled_products_hopper.refuses_operands(a, b)
+    pairs = zip(scaled_products_hopper.products(kind), slow, strict=True)
+    return Products(*(_either(of_operands, *pair, refuse) for pair in pairs))
+
+
+def norm_quantize(
+    x_MK: jax.Array, gain_K: jax.Array, eps: float, rows: Operand, columns: Operand | None,
+) -> tuple[Tiles, Tiles | None]:
+    """One kernel where it accepts the width of x; else RMSNorm by XLA, which a kernel quantises."""
+    if not _narrow(x_MK.shape[1], 4 * TILE):
+        return norm_quantize_hopper.norm_quantize(x_MK, gain_K, eps, rows, columns)
+    normed_MK = rms_norm(x_MK, gain_K, eps)
+    if columns is None:
+        return quantize_hopper.quantize_rows(normed_MK, rows), None
+    return quantize_hopper.quantize_both(normed_MK, rows, columns)
+
+
+class Fast(NamedTuple):
+    """A fast form, its refusal (a function of its arguments), and the positions of arguments that are no arrays."""
+
+    function: Callable
+    refusal: Callable
+    static: tuple[int, ...]
+
+
+FAST = {
+    "quantize_rows": Fast(quantize_hopper.quantize_rows, _of_tokens, (1,)),
+    "quantize_columns": Fast(quantize_hopper.quantize_columns, _of_tokens, (1,)),
+    "quantize_both": Fast(quantize_hopper.quantize_both, _of_tokens, (1, 2)),
+    "requantize_columns": Fast(
+        quantize_hopper.requantize_columns, lambda tiles, operand: _coarse(operand), (1,)),
+    "quantize_weights": Fast(weights_quantize_hopper.quantize_weights, _of_weights, (1,)),
+    "norm_quantize": Fast(
+        norm_quantize, lambda x, gain, eps, *operands: _of_tokens(x, *operands), (2, 3, 4)),
+    "swiglu_quantize": Fast(swiglu_quantize_hopper.swiglu_quantize, _of_swiglu, (1, 2)),
+    "swiglu_backward_quantize": Fast(
+        swiglu_quantize_hopper.swiglu_backward_quantize, _of_swiglu_backward, (3, 4, 5)),
+    "permute_tiles": Fast(permute_hopper.permute_tiles, lambda *arguments: None, ()),
+    "combine_rows": Fast(permute_hopper.combine_rows, lambda rows, *rest: _not_bfloat16(rows), ()),
+}
+
+
+def hopper_kernels(kind: str, attention: Attention, refuse: Callable[[str], None]) -> Kernels:
+    """For a device of this kind. `refuse` is told why something falls back to plain jnp, and may raise."""
+    functions = {
+        name: _either(fast.refusal, jax.jit(fast.function, static_argnums=fast.static), getattr(REFERENCE, name), refuse)
+        for name, fast in FAST.items()}
+    return REFERENCE._replace(
+        products=partial(_products, kind=kind, refuse=refuse), attention=attention, **functions)

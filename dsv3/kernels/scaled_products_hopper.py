@@ -1,0 +1,73 @@
+"""The four products of a recipe on Hopper, with the tuning that each shape gets."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+
+from dsv3.kernels.scaled import TILE, Blocks, Tiles
+from dsv3.kernels.scaled_dot import Products
+from dsv3.kernels.scaled_dot_hopper import MULTIPROCESSORS, ROWS, Tuning, rows_times_blocks, weight_gradient
+from dsv3.kernels.tuning import tuned
+
+NARROW, WIDE = Tuning(width=128, stages=6), Tuning(width=192, stages=5)
+WIDE_ADVANTAGE = 1.06
+"""How much more a column of a narrow tile costs than one of a wide tile, which loads fewer bytes for a product."""
+
+
+def refusal(interval: int, accumulator: str) -> str | None:
+    """Why a rule cannot be carried out on tensor cores, or None."""
+    if accumulator != "float32":
+        return f"the accumulator model {accumulator!r}: a tensor core has its own"
+    return None if interval == TILE else f"promotion every {interval} products: it must be every {TILE}"
+
+
+def refuses_operands(a: Tiles, b: Tiles | Blocks) -> str | None:
+    """Why two operands cannot be multiplied, or None."""
+    wide = [x.values.dtype.name for x in (a, b) if x.values.dtype.itemsize != 1]
+    return f"operands in {wide[0]}: they must have 8 bits" if wide else None
+
+
+def default_tuning(m: int, n: int) -> Tuning:
+    """The width whose tiles fill whole rounds of all multiprocessors best."""
+    def cost(tuning):
+        rounds = -(-(-(-m // ROWS) * -(-n // tuning.width)) // MULTIPROCESSORS)
+        return rounds * tuning.width * (1 if tuning is WIDE else WIDE_ADVANTAGE)
+
+    return min(NARROW, WIDE, key=cost)
+
+
+def scaled_dot(a: Tiles, b: Blocks, out_dtype: jnp.dtype, *, kind: str) -> jax.Array:
+    (m, k), n = a.values.shape, b.values.shape[0]
+    tuning = tuned(kind, "scaled_dot", (m, n, k), default_tuning(m, n))
+    return rows_times_blocks(a, b, None, jax.ShapeDtypeStruct((m, n), out_dtype), tuning)
+
+
+def scaled_grouped_dot(a: Tiles, b: Blocks, expert_Z: jax.Array, out_dtype: jnp.dtype, *, kind: str) -> jax.Array:
+    (m, k), (e, n, _) = a.values.shape, b.values.shape
+    tuning = tuned(kind, "scaled_grouped_dot", (e, m, n, k), default_tuning(m, n))
+    return rows_times_blocks(a, b, expert_Z, jax.ShapeDtypeStruct((m, n), out_dtype), tuning)
+
+
+def scaled_weight_gradient(a: Tiles, b: Tiles, *, kind: str) -> jax.Array:
+    (d, t), f = a.values.shape, b.values.shape[0]
+    return weight_gradient(a, b, None, None, tuned(kind, "scaled_weight_gradient", (d, f, t), NARROW))
+
+
+def scaled_grouped_weight_gradient(
+    a: Tiles, b: Tiles, start_E: jax.Array, steps_E: jax.Array, *, kind: str,
+) -> jax.Array:
+    (d, t), f = a.values.shape, b.values.shape[0]
+    tuning = tuned(kind, "scaled_grouped_weight_gradient", (len(start_E), d, f, t), NARROW)
+    return weight_gradient(a, b, start_E, steps_E, tuning)
+
+
+@cache
+def products(kind: str) -> Products:
+    """For a device of this kind, as the tuning table names it.
+
+    Each is compiled by itself, so that a model with many equal layers lowers every kernel once.
+    """
+    static = {scaled_dot: 2, scaled_grouped_dot: 3, scaled_weight_gradient: (), scaled_grouped_weight_gradient: ()}
+    return Products(*(jax.jit(partial(function, kind=kind), static_argnums=numbers)
+                      for function, numbers in static.items()))
