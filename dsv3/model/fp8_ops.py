@@ -70,13 +70,14 @@ def norm_linear(
         rule = recipe.quant.rule_of(pair[0])
         return rule, pair[0] if rule and rule.interval > TILE else None
 
-    outputs, x_MK = [], x.reshape(-1, x.shape[-1])
+    outputs = []
     for (rule, _), group in groupby(zip(sites, weights, strict=True), key=shared_by):
         names, matrices = zip(*group, strict=True)
         if rule is None:
             outputs += recipe.base.norm_linear(names, x, gain, matrices, eps)
             continue
-        products = _norm_dot(x_MK, gain, matrices, eps, Linear(names[0], rule, recipe.kernels))
+        products = _norm_dot(
+            x.reshape(-1, x.shape[-1]), gain, matrices, eps, Linear(names[0], rule, recipe.kernels))
         outputs += [checkpoint_name(y_MN.reshape(*x.shape[:-1], -1), name)
                     for name, y_MN in zip(names, products, strict=True)]
     return tuple(outputs)

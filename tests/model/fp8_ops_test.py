@@ -1,6 +1,7 @@
 """The bundle in 8 bits: its operations against simple compositions, its sites against its recipe."""
 
 import dataclasses
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -132,8 +133,12 @@ def test_sites_of_one_rule_share_one_product_and_give_what_each_gives_alone():
         return fp8_ops(recipe).norm_linear(("attn.q_a", "attn.kv_a"), x, gain, weights, 1e-6)
 
     def run(function):
-        y, vjp = jax.vjp(function, x, gain, weights)
-        return y, *vjp(cotangents)
+        @jax.jit
+        def compiled(*inputs):
+            y, vjp = jax.vjp(function, *inputs)
+            return y, *vjp(cotangents)
+
+        return compiled(x, gain, weights)
 
     (y, d_x, d_gain, d_w), wanted = run(together), run(alone)
     for got, expected in zip((*y, *d_w), (*wanted[0], *wanted[3]), strict=True):
@@ -165,8 +170,7 @@ def test_attention_is_given_its_output_as_it_waited(name):
     ops = fp8_ops(recipe, REFERENCE._replace(attention=Attention(ATTENTION.forward, backward)))
     attend = lambda *a: ops.attention_linear("attn.o", *a, scale=0.3, segment_ids_BT=None)
     y, vjp = jax.vjp(attend, *heads, w)
-    d_y = jnp.ones_like(y)
-    *d_heads, d_w = vjp(d_y)
+    *d_heads, d_w = vjp(jnp.ones_like(y))
     o, _ = ATTENTION.forward(Heads(*heads), 0.3, None)
     flat, rule = np.asarray(o).reshape(18, 15), recipe.rule_of("attn.o")
     kept = flat if rule.kept is None else seen(flat, rule.kept)
@@ -186,9 +190,9 @@ def model(recipe, **changes):
 def test_a_recipe_that_names_no_place_is_the_model_in_its_own_dtype():
     nothing = replace(FP8, sites=(Site(pattern="*", rule=None),))
     variables, batch = random_variables(FAMILY["v3"]), random_batch(FAMILY["v3"])
-    ours, plain = (jax.jit(Transformer(FAMILY["v3"], ops).apply)(variables, batch)
-                   for ops in (fp8_ops(nothing), reference_ops()))
-    jax.tree.map(np.testing.assert_array_equal, ours, plain)
+    program = lambda ops: re.sub(
+        "0x[0-9a-f]+", "", str(jax.make_jaxpr(Transformer(FAMILY["v3"], ops).apply)(variables, batch)))
+    assert program(fp8_ops(nothing)) == program(reference_ops()) != program(fp8_ops(FP8))
 
 
 @pytest.mark.slow
@@ -207,12 +211,11 @@ def test_recomputation_changes_no_gradient():
     """What a policy keeps, and what it makes again from it, are the same quantised tensors."""
     variables, batch = random_variables(FAMILY["v3"]), random_batch(FAMILY["v3"])
     grads = []
-    for policy in ("none", "report", "full"):
+    for policy in ("none", "report"):
         loss = lambda params, policy=policy: model(FP8, remat=policy).apply(
             variables | {"params": params}, batch).main
         grads.append(jax.jit(jax.grad(loss))(variables["params"]))
-    for other in grads[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), other, grads[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *grads)
 
 
 @pytest.mark.slow
@@ -227,16 +230,14 @@ def test_a_bad_activation_reaches_the_loss(bad):
 
 @pytest.mark.slow
 def test_text_comes_from_the_quantised_model():
-    """Prefill over the latent cache against the forward pass, both by the recipe: only the absorbed `kv_b` differs."""
-    config = dataclasses.replace(FAMILY["v3"], init_std=0.1)
-    variables, batch = random_variables(config), random_batch(config)
-    forward = jax.jit(lambda recipe: model(recipe, init_std=0.1).apply(variables, batch, method="forward")[0],
-                      static_argnums=0)
+    """Prefill over the latent cache is the forward pass by the same recipe, where the absorbed `kv_b` is in none."""
+    recipe = replace(FP8, sites=(Site(pattern="attn.kv_b", rule=None), *FP8.sites))
+    variables, batch = random_variables(FAMILY["v3"]), random_batch(FAMILY["v3"])
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
-    decoded, _ = jax.jit(lambda: Transformer(config, text_ops(FP8)).apply(
-        variables, batch.tokens_BT, positions, empty_caches(config, 2, 16), method="decode"))()
-    quantised, plain = forward(FP8), forward(None)
-    assert 1e-4 < distance(decoded, quantised) < 0.7 * distance(decoded, plain)
+    decode = lambda ops: jax.jit(lambda: Transformer(FAMILY["v3"], ops).apply(
+        variables, batch.tokens_BT, positions, empty_caches(FAMILY["v3"], 2, 16), method="decode"))()[0]
+    forward = jax.jit(lambda: model(recipe).apply(variables, batch, method="forward")[0])()
+    assert distance(decode(text_ops(recipe)), forward) < 0.02 < distance(decode(text_ops(None)), forward)
 
 
 def test_there_are_no_hopper_kernels_for_it_yet(monkeypatch):

@@ -19,16 +19,17 @@ def losses(config, workdir):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_small_run_learns_as_without_quantisation(tmp_path):
-    """30 steps on the same data: the loss falls by a fifth, and stays within 2% of the unquantised run's, not on it."""
+    """30 steps on the same data: the loss falls by a third, and stays within 1% of the unquantised run's, not on it."""
     config = small_config(
         write_corpus(tmp_path / "text"), **{
             "train.steps": str(STEPS), "train.eval_every": str(STEPS), "train.checkpoint_every": str(STEPS),
-            "train.warmup_steps": "5", "model.dtype": "bfloat16"})
+            "train.warmup_steps": "5", "model.dtype": "bfloat16",
+            "model.mtp.depth": "0"})
     plain = losses(config, tmp_path / "bf16")
     quantised = losses(override(config, {"quant": "fp8"}), tmp_path / "fp8")
-    assert quantised[-1] < 0.8 * quantised[0]
+    assert quantised[-1] < 0.67 * quantised[0]
     apart = np.abs(quantised - plain) / plain
-    assert 0 < apart[1:].min() and apart.max() < 0.02
+    assert 0 < apart[1:].min() and apart.max() < 0.01
     with pytest.raises(UserError, match="another configuration .*quant: 'fp8' != 'fp8_direct'"):
         changed = override(config, {"quant": "fp8_direct"})
         train(changed, tmp_path / "fp8", make_ops(changed.kernels, changed.recipe))
