@@ -177,7 +177,8 @@ CASES = {
         lambda x, gain, s: norm_quantize_hopper.norm_quantize(x, gain, 1e-6, E4M3, None, s)[0],
         lambda x, gain: rows_in_jnp(rms_norm(x, gain, 1e-6), E4M3),
         lambda m, k: [normal(0, m, k), normal(1, 1, k, dtype=jnp.float32)[0]],
-        settings_of("norm", (2, 1, 4), (1, 1, 4), (2, 1, 2), (4, 1, 2), (1, 2, 2), (2, 2, 1), (1, 3, 1)),
+        settings_of("norm", (2, 1, 4), (1, 1, 4), (2, 1, 2), (4, 1, 2), (1, 2, 2), (2, 2, 1), (1, 3, 1), (2, 2, 2),
+                    (1, 4, 1)),
         (384, 1536), [*TOKENS[:2], (16384, 1536), (16384, 512)], False),
     "norm, both": Case(
         lambda x, gain, s: norm_quantize_hopper.norm_quantize(x, gain, 1e-6, E4M3, E4M3, s),
