@@ -77,8 +77,8 @@ def stream(
 
     `source(i, j, *inputs)` gives the parts of the arguments that fill `pieces`; `work(step, pieces, staging, outputs)`
     is one warpgroup's share, which calls `reuse()` before it writes what it copies out of `staging`. The last arguments
-    may be `constants`, which stay in shared memory as `step.constants`. `approximate` takes the device's own exponential,
-    good to about 1e-6, which is seven instructions shorter.
+    may be `constants`, which stay in shared memory as `step.constants`. `approximate` takes the device's own
+    exponential, good to about 1e-6, which is seven instructions shorter.
     """
     tall, wide = tiles
     stages, n_blocks = settings.stages, min(settings.blocks * settings.multiprocessors, tall * wide)
