@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "torch", "transformers")
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch", "transformers")
 PRIVATE = ("--json", "--profile", "--scratch")
 """Flags that say where something was written, which is no part of a measurement."""
 
