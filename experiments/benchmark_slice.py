@@ -276,7 +276,7 @@ def show(figures: dict) -> None:
 
 
 def measure(config: Config, repeats: int, directory: str) -> dict:
-    ops = make_ops(config.kernels)
+    ops = make_ops(config.kernels, config.recipe)
     inputs = make_inputs(config, ops)
     times, gradients = measure_gradients(config, ops, inputs, repeats, directory)
     skew = load_skew(inputs.draws.reshape(-1, *inputs.draws.shape[2:]), config.model.moe.n_routed_experts)
