@@ -11,8 +11,10 @@ from pathlib import Path
 from absl import flags
 
 from dsv3.config import Config, require
+from dsv3.config.quant import RECIPES
 from dsv3.evaluation.baselines import bigram_bits, xz_bits
 from dsv3.inference.text import continue_text
+from dsv3.model.watching_ops import watching_ops
 from dsv3.parallel.distributed import barrier, is_main
 from dsv3.parallel.mesh import on_one_device
 from dsv3.parallel.ops import make_ops, text_ops
@@ -59,7 +61,8 @@ def main(overrides: Sequence[str]) -> None:
     workdir = Path(WORKDIR.value)
     start = time.perf_counter()
     profile = Profile(workdir / "profile") if PROFILE.value else None
-    result = train(config, workdir, make_ops(config.kernels, config.recipe), profile)
+    watching = watching_ops(config.recipe or RECIPES["fp8"], quantized=config.recipe is not None)
+    result = train(config, workdir, make_ops(config.kernels, config.recipe), profile, watching)
     if is_main():
         print_results(config, workdir, result, time.perf_counter() - start)
     barrier("results printed", timeout_s=3600)

@@ -1,10 +1,10 @@
-"""A bundle that measures: what a recipe's formats would do to every operand of every product of a model.
+"""A bundle that measures: what a recipe's formats do to every operand of every product of a model.
 
-It computes what `ops` computes, products by the functions given, and puts statistics where the gradients of the weights
-would be (`dsv3.kernels.watched`). A program of its own takes them out (`dsv3.train.numerics`).
+Products are computed by the functions given; statistics are put where the gradients of their weights would be
+(`dsv3.kernels.watched`), and a program of its own takes them out (`dsv3.train.numerics`). Whatever a fused operation of
+a recipe does at once is done here one product at a time.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,11 +12,16 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from dsv3.config import QuantConfig
+from dsv3.kernels.attention import causal_attention
+from dsv3.kernels.cross_entropy import cross_entropy
 from dsv3.kernels.dot import dot
 from dsv3.kernels.grouped_dot import grouped_dot
 from dsv3.kernels.norm import rms_norm
+from dsv3.kernels.quantized_dot import fp8_grouped_dot, quantized_dot
 from dsv3.kernels.swiglu import swiglu
 from dsv3.kernels.watched import watched
+from dsv3.model import ops
 from dsv3.model.ops import Ops
 from dsv3.quant.monitor import Statistics, observe_product
 
@@ -30,6 +35,9 @@ SITES = {
 """The last two names of a parameter (without a depth) -> its site. Parameters that are not here take part in no product
 that a recipe speaks of: embedding, head, gate, norms."""
 
+ROW_BLOCK = 128
+"""Rows of one expert, as tiles along tokens need them."""
+
 
 def site_of(path: tuple[str, ...]) -> str | None:
     """`("moe_layers", "attn", "q_a")` -> `"attn.q_a"`; None for embedding, head, gate and norms."""
@@ -42,33 +50,47 @@ def _observe(rule: Any, x: jax.Array, w: jax.Array, d_y: jax.Array) -> dict[str,
 
 
 def watching_ops(
-    ops: Ops, rule_of: Callable[[str], Any], row_block: int, *,
-    product: Callable[[str], Callable] = lambda site: dot,
-    grouped_product: Callable[[str], Callable] = lambda site: grouped_dot,
+    recipe: QuantConfig, *, quantized: bool, attention: Callable = causal_attention, loss_chunk: int = 1024,
 ) -> Ops:
-    """`ops` with every product watched. `rule_of(site)` gives its formats, or None for a site to be left out.
+    """Every product of a model, watched for what the formats of `recipe` do to it; sites without a rule are left out.
 
-    `product(site)(x, w)` and `grouped_product(site)(rows, sizes, w, row_block)` compute: the reference's unless given,
-    so that the tensors measured are those of a run without FP8; a recipe's own, and they are those of a run with it.
+    `quantized`: products compute by the recipe, so the tensors are those of a run with it; otherwise they compute in
+    the model's dtype, and the figures say what the recipe would do to a run without it.
     """
+    def product(site):
+        rule = recipe.rule_of(site)
+        return partial(quantized_dot, rule=rule) if quantized and rule else dot
+
+    def grouped_product(site):
+        rule = recipe.rule_of(site)
+        if quantized and rule:
+            return lambda rows_JD, sizes_E, w: fp8_grouped_dot(rows_JD, sizes_E, w, rule)
+        return lambda rows_JD, sizes_E, w: grouped_dot(rows_JD, sizes_E, w, ROW_BLOCK)
+
     def linear(site, x, w):
-        return checkpoint_name(watched(product(site), partial(_observe, rule_of(site)))(x, w), site)
+        return checkpoint_name(watched(product(site), partial(_observe, recipe.rule_of(site)))(x, w), site)
 
     def norm_linear(sites, x, gain, weights, eps):
         normed = rms_norm(x, gain, eps)
         return tuple(linear(site, normed, w) for site, w in zip(sites, weights, strict=True))
 
-    def swiglu_linear(site, gate_up, w):
-        return linear(site, swiglu(gate_up), w)
+    def attention_linear(site, *heads_and_w, scale, segment_ids_BT):
+        *heads, w = heads_and_w
+        o_BTHU = attention(*heads, scale=scale, segment_ids_BT=segment_ids_BT)
+        return linear(site, o_BTHU.reshape(*o_BTHU.shape[:2], -1), w)
+
+    def mlp(sites, x, gate_up, down):
+        return linear(sites[1], swiglu(linear(sites[0], x, gate_up)), down)
 
     def grouped(site, rows_JD, sizes_E, w):
-        run = lambda rows_sizes, w: grouped_product(site)(*rows_sizes, w, row_block)
-        observe = lambda rows_sizes, w, d_y: _observe(rule_of(site), rows_sizes[0], w, d_y)
-        return checkpoint_name(watched(run, observe)((rows_JD, sizes_E), w), site)
+        run = lambda rows_sizes, w: grouped_product(site)(*rows_sizes, w)
+        observe = lambda rows_sizes, w, d_y: _observe(recipe.rule_of(site), rows_sizes[0], w, d_y)
+        return watched(run, observe)((rows_JD, sizes_E), w)
 
-    def experts(rows_JD, sizes_E, weights):
-        gate_up_JF = grouped("experts.gate_up", rows_JD, sizes_E, weights.gate_up_EDF)
-        return grouped("experts.down", swiglu(gate_up_JF), sizes_E, weights.down_EFD)
+    def moe(h_TD, topk_TK, weights_TK, weights):
+        sites = iter(("experts.gate_up", "experts.down"))  # in the order in which they are called
+        each = lambda rows_JD, sizes_E, w, block: grouped(next(sites), rows_JD, sizes_E, w)
+        return ops.moe(h_TD, topk_TK, weights_TK, weights, row_block=ROW_BLOCK, grouped_dot=each, keep_rows=True)
 
-    return dataclasses.replace(
-        ops, linear=linear, norm_linear=norm_linear, swiglu_linear=swiglu_linear, experts=experts)
+    return Ops(linear=linear, norm_linear=norm_linear, attention_linear=attention_linear, mlp=mlp, moe=moe,
+               loss=partial(cross_entropy, chunk=loss_chunk))

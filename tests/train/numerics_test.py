@@ -23,9 +23,10 @@ from tiny_models import (
     train_config,
     transformer,
 )
-from tiny_recipe import Operand, Rule
 
-from dsv3.config import UserError
+from dsv3.config import Operand, QuantConfig, Site, UserError
+from dsv3.config.quant import RECIPES
+from dsv3.kernels.attention import causal_attention
 from dsv3.kernels.dot import dot
 from dsv3.kernels.norm import rms_norm
 from dsv3.kernels.swiglu import swiglu
@@ -43,25 +44,32 @@ KNOBS = Knobs(*map(np.float32, (1e-2, 0.01, 0.3, 1e-2)))
 TRAIN = train_config()
 CONFIG = model_config(n_layers=3, n_dense_layers=1)
 ONE_LAYER = model_config(n_layers=1, n_dense_layers=0, mtp=dict(depth=0))
-COARSE = Rule()._replace(dgrad_dy=Operand("e5m2", "tensor"))
+RULE = RECIPES["fp8"].rule_of("attn.o")  # all seven operands
+COARSE = dataclasses.replace(RULE, dgrad_dy=Operand(format="e5m2", tile="tensor", power_of_two=False))
 observed = jax.jit(observe_product, static_argnums=0)
 REFERENCE = reference_ops(row_block=4, loss_chunk=8)
 
 
-def watching(config, rule_of=lambda site: COARSE):
-    return Transformer(config, watching_ops(REFERENCE, rule_of, row_block=4))
+EVERYWHERE = QuantConfig(default=COARSE, sites=(), swiglu_kept=None)
 
 
-ONLY_O = lambda site: COARSE if site == "attn.o" else None
+def only(rule, *sites):
+    """`rule` at these sites and none at the others."""
+    return QuantConfig(default=rule, swiglu_kept=None, sites=(
+        *(Site(pattern=site, rule=rule) for site in sites), Site(pattern="*", rule=None)))
+
+
+def watching(config, recipe=EVERYWHERE, quantized=False):
+    return Transformer(config, watching_ops(recipe, quantized=quantized, loss_chunk=8))
 
 
 def batches(config, rows=2, n_micro=1):
     return jax.tree.map(lambda a: np.asarray(a).reshape(n_micro, rows, -1), random_batch(config, rows * n_micro))
 
 
-def records_of(config, n_devices=1, rule_of=lambda site: COARSE, **batch):
+def records_of(config, quant=EVERYWHERE, n_devices=1, quantized=False, **batch):
     variables = random_variables(config)
-    recipe = recipe_of(watching(config, rule_of), TRAIN, n_devices)
+    recipe = recipe_of(watching(config, quant, quantized), TRAIN, n_devices)
     return numerics(recipe, variables["params"], variables["routing"], batches(config, **batch), KNOBS)
 
 
@@ -74,7 +82,7 @@ def by_name(records):
 @pytest.fixture(scope="module")
 def o_records():
     """Of the projection after attention in every layer."""
-    return records_of(ONE_LAYER, rule_of=ONLY_O)
+    return records_of(ONE_LAYER, only(COARSE, "attn.o"))
 
 
 def sums_of_squares(rule, x, w, d_y):
@@ -89,6 +97,19 @@ def quick(monkeypatch):
     monkeypatch.setattr(watching_ops_module, "observe_product", sums_of_squares)
 
 
+def listening(linear):
+    """The reference with `linear(site, x, w)` for every product but those of the routed experts."""
+    def attention_linear(site, *heads_and_w, **settings):
+        o_BTHU = causal_attention(*heads_and_w[:-1], **settings)
+        return linear(site, o_BTHU.reshape(*o_BTHU.shape[:2], -1), heads_and_w[-1])
+
+    return dataclasses.replace(
+        REFERENCE, linear=linear, attention_linear=attention_linear,
+        mlp=lambda sites, x, gate_up, down: linear(sites[1], swiglu(linear(sites[0], x, gate_up)), down),
+        norm_linear=lambda sites, x, gain, weights, eps: tuple(
+            linear(site, rms_norm(x, gain, eps), w) for site, w in zip(sites, weights, strict=True)))
+
+
 def sites_called(config):
     """What a bundle hears while the model is built, without arithmetic."""
     heard = set()
@@ -97,15 +118,11 @@ def sites_called(config):
         heard.add(site)
         return REFERENCE.linear(site, x, w)
 
-    def norm_linear(sites, x, gain, weights, eps):
-        return tuple(linear(site, rms_norm(x, gain, eps), w) for site, w in zip(sites, weights, strict=True))
-
     def experts(*args):
         heard.update(("experts.gate_up", "experts.down"))
-        return REFERENCE.experts(*args)
+        return REFERENCE.moe(*args)
 
-    ops = dataclasses.replace(REFERENCE, linear=linear, norm_linear=norm_linear, experts=experts,
-                              swiglu_linear=lambda site, x, w: linear(site, swiglu(x), w))
+    ops = dataclasses.replace(listening(linear), moe=experts)
     variables = jax.eval_shape(Transformer(config, ops).init, jax.random.key(0), random_batch(config))
     return heard, variables["params"]
 
@@ -148,11 +165,7 @@ def captured(config):
         run.defvjp(lambda x, w: (dot(x, w), (x, w)), backward)
         return run
 
-    linear = lambda site, x, w: listen(site)(x, w)
-    ops = dataclasses.replace(
-        REFERENCE, linear=linear, swiglu_linear=lambda site, x, w: linear(site, swiglu(x), w),
-        norm_linear=lambda sites, x, gain, weights, eps: tuple(
-            linear(site, rms_norm(x, gain, eps), w) for site, w in zip(sites, weights, strict=True)))
+    ops = listening(lambda site, x, w: listen(site)(x, w))
     variables = random_variables(config)
     run = jax.jit(make_gradients(recipe_of(Transformer(config, ops), TRAIN)))
     jax.block_until_ready(run(variables["params"], variables["routing"],
@@ -165,7 +178,7 @@ def captured(config):
 def test_figures_are_those_of_the_operands_themselves():
     """Tensors taken out of an unwatched step another way, measured one by one."""
     sites = ("attn.q_a", "attn.kv_b", "attn.o", "shared.down")
-    found = by_name(records_of(ONE_LAYER, rule_of=lambda site: COARSE if site in sites else None))
+    found = by_name(records_of(ONE_LAYER, only(COARSE, *sites)))
     products = captured(ONE_LAYER)
     assert len(products) == 7 and all(len(calls) == 1 for calls in products.values())
     for site in sites:
@@ -176,6 +189,15 @@ def test_figures_are_those_of_the_operands_themselves():
                 name: theirs[name] for name in theirs if name not in ("error", "underflow")}, (site, operand)
             np.testing.assert_allclose(ours["error"], theirs["error"], rtol=1e-3)
             np.testing.assert_allclose(ours["underflow"], theirs["underflow"], atol=1e-2)
+
+
+@pytest.mark.slow
+def test_a_quantized_run_is_measured_on_its_own_tensors(o_records):
+    """By the recipe's own products the tensors differ a little, and the weights not at all."""
+    quantized = by_name(records_of(ONE_LAYER, only(COARSE, "attn.o"), quantized=True))
+    for name, record in by_name(o_records).items():
+        np.testing.assert_allclose(quantized[name]["error"], record["error"], rtol=0.1)
+        assert (quantized[name] == record) == (name[2] in ("fprop_w", "dgrad_w", "fprop_x", "wgrad_x", "kept"))
 
 
 @pytest.mark.slow
@@ -200,8 +222,8 @@ def test_devices_and_micro_batches_add_up(quick):
 
 def test_a_site_without_a_rule_has_no_record_and_a_recipe_shows(o_records):
     assert {record["site"] for record in o_records} == {"attn.o"} and len(o_records) == len(OPERANDS)
-    fine = Rule()._replace(wgrad_x=Operand("e5m6"))
-    better = by_name(records_of(ONE_LAYER, rule_of=lambda site: fine if site == "attn.o" else None))
+    fine = dataclasses.replace(RULE, wgrad_x=Operand(format="e5m6", tile="inner", power_of_two=False))
+    better = by_name(records_of(ONE_LAYER, only(fine, "attn.o")))
     for name, record in by_name(o_records).items():
         ratio = better[name]["error"] / record["error"]
         if name[2] in ("dgrad_dy", "wgrad_x"):
@@ -272,7 +294,7 @@ def test_a_run_that_is_measured_is_the_same_run(tmp_path):
     config = small_config(corpus, **{"train.steps": "4", "train.eval_every": "4", "train.checkpoint_every": "4"})
     measured = dataclasses.replace(config, train=dataclasses.replace(config.train, numerics_every=2))
     plain = train(config, tmp_path / "plain", REFERENCE)
-    watching = watching_ops(REFERENCE, ONLY_O, row_block=4)
+    watching = watching_ops(only(COARSE, "attn.o"), quantized=False)
     seen = train(measured, tmp_path / "measured", REFERENCE, watching=watching)
     chex.assert_trees_all_equal(plain.state, seen.state)
     lines = [json.loads(line) for line in (tmp_path / "measured" / "numerics.jsonl").read_text().splitlines()]
