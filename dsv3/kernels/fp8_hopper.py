@@ -118,8 +118,8 @@ FAST = {
 
 def hopper_kernels(kind: str, attention: Attention, refuse: Callable[[str], None]) -> Kernels:
     """For a device of this kind. `refuse` is told why something falls back to plain jnp, and may raise."""
-    functions = {
-        name: _either(fast.refusal, jax.jit(fast.function, static_argnums=fast.static), getattr(REFERENCE, name), refuse)
-        for name, fast in FAST.items()}
+    compiled = lambda fast: jax.jit(fast.function, static_argnums=fast.static)
+    functions = {name: _either(fast.refusal, compiled(fast), getattr(REFERENCE, name), refuse)
+                 for name, fast in FAST.items()}
     return REFERENCE._replace(
         products=partial(_products, kind=kind, refuse=refuse), attention=attention, **functions)

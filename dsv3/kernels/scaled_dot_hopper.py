@@ -159,7 +159,7 @@ def _consume(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tun
     after = partial(_after, stages=stages)
     down = lambda scale: lax.broadcast_in_dim(scale, (HALF, segment), (0,))
     across = lambda scale: lax.broadcast_in_dim(scale, (HALF, segment), (1,))
-    row_scale = lambda slot: plgpu.load(shared.a_scales, (slot, half), layout=plgpu.Layout.WGMMA.reduce(1))
+    row_scale = lambda slot: plgpu.load(shared.a_scales.at[slot, half], layout=plgpu.Layout.WGMMA.reduce(1))
 
     def arrived(slot):
         """Wait for a slot; the scales of this half's rows, read at once (column scales keep them for later)."""
@@ -174,7 +174,7 @@ def _consume(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tun
         if not column_scales:
             return [down(row * factor) for factor in factors]
         column = lambda i: plgpu.load(
-            shared.b_scales, (slot, pl.ds(i * segment, segment)), layout=plgpu.Layout.WGMMA.reduce(0))
+            shared.b_scales.at[slot, pl.ds(i * segment, segment)], layout=plgpu.Layout.WGMMA.reduce(0))
         return [down(row_scale(slot)) * across(column(i)) for i in range(width // segment)]
 
     def promote(slot, row, factors, part, totals):

@@ -1,0 +1,128 @@
+"""Training in 8 bits through the Hopper kernels, interpreted on the CPU, against the reference bundle."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hopper_kernels import interpreted
+from tiny_models import distance
+
+from dsv3.config import UserError, resolve
+from dsv3.config.quant import RECIPES, change_all
+from dsv3.kernels.attention import ATTENTION
+from dsv3.kernels.fp8_hopper import FAST, hopper_kernels
+from dsv3.kernels.fp8_kernels import REFERENCE
+from dsv3.kernels.quantized_dot import quantized_dot
+from dsv3.model.fp8_ops import fp8_ops
+from dsv3.model.ops import ExpertWeights
+
+KIND = "a kind without an entry in the tuning table"
+BOUND = 0.01
+"""Norm-wise; both sides round to bfloat16 (0.002) and some codes fall to their neighbours."""
+
+
+def fail(reason):
+    raise AssertionError(f"refused: {reason}")
+
+
+def value_and_gradients(function, cotangent, *arguments):
+    out, vjp = jax.vjp(function, *arguments)
+    return out, *vjp(cotangent)
+
+
+def assert_equivalent(run, *arguments):
+    """`run(kernels, *arguments)` with the Hopper kernels and with the reference: every array of the result."""
+    fast = interpreted(partial(run, hopper_kernels(KIND, ATTENTION, fail)), *arguments)
+    slow = jax.jit(partial(run, REFERENCE))(*arguments)
+    for got, wanted in zip(jax.tree.leaves(fast), jax.tree.leaves(slow), strict=True):
+        assert got.shape == wanted.shape and got.dtype == wanted.dtype
+        assert distance(got, wanted) < BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fp8", "fp8_e5m2_gradients", "fp8_direct"])
+def test_a_linear_of_ragged_widths(name):
+    rng, rule = np.random.default_rng(0), resolve(name).default
+    x_MK, d_y_MN = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((72, 192), (72, 320)))
+    w_KN = jnp.asarray(rng.standard_normal((192, 320)), jnp.float32)
+
+    def run(kernels, x, w, d_y):
+        return value_and_gradients(lambda x, w: quantized_dot(x, w, rule, kernels=kernels), d_y, x, w)
+
+    assert_equivalent(run, x_MK, w_KN, d_y_MN)
+
+
+@pytest.mark.slow
+def test_experts():
+    """Unequal loads, one expert without rows: dispatch, both products, SwiGLU, combine, and all gradients."""
+    rng = np.random.default_rng(1)
+    t, d, f, e = 96, 256, 128, 3
+    bfloat16, float32 = (partial(jnp.asarray, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    topk_TK = jnp.asarray(np.where(rng.random((t, 2)) < 0.8, 0, 2), jnp.int32)
+    h_TD, d_y_TD = bfloat16(rng.standard_normal((t, d))), bfloat16(rng.standard_normal((t, d)))
+    gate_TK = float32(rng.random((t, 2)))
+    weights = ExpertWeights(float32(rng.standard_normal((e, d, 2 * f)) / 16), float32(rng.standard_normal((e, f, d))))
+
+    def run(kernels, h, gate, weights, d_y):
+        ops = fp8_ops(resolve("fp8"), kernels)
+        return value_and_gradients(lambda *arguments: ops.moe(arguments[0], topk_TK, *arguments[1:]), d_y,
+                                   h, gate, weights)
+
+    assert_equivalent(run, h_TD, gate_TK, weights, d_y_TD)
+
+
+@pytest.mark.slow
+def test_norm_and_two_sites():
+    rng = np.random.default_rng(2)
+    x, d_a, d_b = (jnp.asarray(rng.standard_normal((1, 64, n)), jnp.bfloat16) for n in (256, 192, 72))
+    gain, a, b = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((256,), (256, 192), (256, 72)))
+
+    def run(kernels, x, gain, a, b, d_a, d_b):
+        ops = fp8_ops(resolve("fp8"), kernels)
+        linear = lambda x, gain, a, b: ops.norm_linear(("attn.q_a", "attn.kv_a"), x, gain, (a, b), 1e-6)
+        return value_and_gradients(linear, (d_a, d_b), x, gain, a, b)
+
+    assert_equivalent(run, x, gain, a, b, d_a, d_b)
+
+
+def test_every_function_has_a_fast_form():
+    """A new member of the bundle that nobody made fast would fall back in silence."""
+    assert FAST.keys() | {"products", "attention"} == set(REFERENCE._fields)
+
+
+@pytest.mark.parametrize("recipe, wanted", [
+    (RECIPES["fp8_per_tensor"], "scales by tensor"), (change_all(RECIPES["fp8"], format="e5m6"), "weights in e5m6")])
+def test_what_no_kernel_can_do_is_said_and_done_by_the_reference(recipe, wanted):
+    rule, reasons = recipe.default, []
+    kernels = hopper_kernels(KIND, ATTENTION, reasons.append)
+    kernels = kernels._replace(products=REFERENCE.products)
+    x, w = jnp.ones((128, 256), jnp.bfloat16), jnp.ones((256, 128), jnp.float32)
+    if "weights" in wanted:
+        kernels.quantize_weights(w, rule.fprop_w)
+    else:
+        kernels.quantize_rows(x, rule.fprop_x)
+    assert any(wanted in reason for reason in reasons)
+
+
+def test_refusals_of_products():
+    rule, reasons = resolve("fp8").default, []
+    kernels = hopper_kernels(KIND, ATTENTION, reasons.append)
+    kernels.products(rule.interval, "hopper")
+    kernels.products(64, rule.accumulator)
+    assert len(reasons) == 2 and "accumulator" in reasons[0] and "every 64" in reasons[1]
+    rows = REFERENCE.quantize_rows(jnp.ones((128, 128), jnp.bfloat16), replace(rule.fprop_x, format="e5m6"))
+    blocks, _ = REFERENCE.quantize_weights(jnp.ones((128, 128), jnp.float32), rule.fprop_w)
+    out = kernels.products(rule.interval, rule.accumulator).dot(rows, blocks, jnp.float32)
+    assert "bfloat16" in reasons[2]
+    np.testing.assert_allclose(out, 128, rtol=1e-6)
+
+
+def test_a_refusal_may_raise():
+    def refuse(reason):
+        raise UserError(reason)
+
+    with pytest.raises(UserError, match="float32: they must be bfloat16"):
+        hopper_kernels(KIND, ATTENTION, refuse).quantize_rows(jnp.ones((8, 8)), resolve("fp8").default.fprop_x)
