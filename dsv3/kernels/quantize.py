@@ -11,15 +11,17 @@ from dsv3.config import Operand
 from dsv3.kernels.norm import rms_norm
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_tiles, whole
 from dsv3.quant.formats import decode, format_of
-from dsv3.quant.tiles import ALONG_ROWS, BLOCK, TENSOR, Quantized, quantize
+from dsv3.quant.tiles import ALONG_COLUMNS, ALONG_ROWS, BLOCK, TENSOR, Quantized, quantize
 
-TILES = {"inner": ALONG_ROWS, "block": BLOCK, "tensor": TENSOR}
+ROWS = {"inner": ALONG_ROWS, "block": BLOCK, "tensor": TENSOR}
+COLUMNS = ROWS | {"inner": ALONG_COLUMNS}
+"""Tiles of a matrix that is read along its rows, or along its columns."""
 
 
-def _quantized(x: jax.Array, operand: Operand) -> Quantized:
+def _quantized(x: jax.Array, operand: Operand, tiles: dict) -> Quantized:
     """Values in a dtype that computes, float32 scales as `operand.tile` has them."""
     fmt = format_of(operand.format)
-    quantized = quantize(x, fmt, TILES[operand.tile], power_of_two=operand.power_of_two)
+    quantized = quantize(x, fmt, tiles[operand.tile], power_of_two=operand.power_of_two)
     if fmt.dtype is not None:
         return quantized
     return quantized._replace(values=decode(quantized.values, fmt, x.shape[-1]).astype(jnp.bfloat16))
@@ -34,7 +36,7 @@ def _padded(x: jax.Array, *shape: int, fill: float = 0) -> jax.Array:
 def quantize_rows(x_MK: jax.Array, operand: Operand) -> Tiles:
     """[M', K'] with tiles along K: an activation or its gradient, as products over features read it."""
     (m, k), n_tiles = x_MK.shape, -(-x_MK.shape[1] // TILE)
-    values, scales = _quantized(x_MK, operand)
+    values, scales = _quantized(x_MK, operand, ROWS)
     if operand.tile == "block":
         scales = jnp.repeat(scales, TILE, axis=0)[:m]
     scales = jnp.broadcast_to(scales, (m, n_tiles))
@@ -43,7 +45,12 @@ def quantize_rows(x_MK: jax.Array, operand: Operand) -> Tiles:
 
 def quantize_columns(x_MK: jax.Array, operand: Operand) -> Tiles:
     """[K', M']: transposed, with tiles along M, as the weight gradient, a product over tokens, reads it."""
-    return quantize_rows(x_MK.T, operand)
+    (m, k), n_tiles = x_MK.shape, -(-len(x_MK) // TILE)
+    values, scales = _quantized(x_MK, operand, COLUMNS)  # transposing 8 bits is cheaper than transposing x
+    if operand.tile == "block":
+        scales = jnp.repeat(scales, TILE, axis=1)[:, :k]
+    scales = jnp.broadcast_to(scales, (n_tiles, k))
+    return Tiles(_padded(values, whole(m), whole(k)).T, _padded(scales, n_tiles, whole(k), fill=1))
 
 
 def quantize_both(x_MK: jax.Array, rows: Operand, columns: Operand) -> tuple[Tiles, Tiles]:
@@ -62,7 +69,7 @@ def quantize_weights(w: jax.Array, operand: Operand) -> tuple[Blocks, Blocks]:
     Scales by `tensor` are those of each matrix of a stack.
     """
     d, f = whole(w.shape[-2]), whole(w.shape[-1])
-    values, scales = _quantized(w, operand)
+    values, scales = _quantized(w, operand, ROWS)
     values = _padded(values, d, f)
     scales = jnp.broadcast_to(scales, (*w.shape[:-2], d // TILE, f // TILE))
     return Blocks(values.swapaxes(-2, -1), scales.swapaxes(-2, -1)), Blocks(values, scales)
