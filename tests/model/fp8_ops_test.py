@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import FAMILY, distance, random_batch, random_variables
+from tiny_recipe import motley
 
 from dsv3.config import Site, UserError, resolve
 from dsv3.config.quant import change_all
@@ -28,6 +29,8 @@ from dsv3.quant.formats import format_of
 
 FP8 = resolve("fp8")
 LAYOUT = {"inner": tiles.ALONG_ROWS, "block": tiles.BLOCK, "tensor": tiles.TENSOR}
+MOTLEY = replace(FP8, sites=(Site(pattern="*.gate_up", rule=motley(FP8.default)),
+                             Site(pattern="*.down", rule=motley(FP8.default, 1))))
 T, D, F, E, K = 40, 72, 48, 5, 2
 
 
@@ -81,8 +84,8 @@ def expert_by_expert(recipe, h, topk, gate, w_up, w_down, d_y):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [
     FP8, resolve("fp8_direct"), resolve("fp8_e5m2_gradients"), replace(FP8, swiglu_kept=None),
-    replace(FP8, swiglu_kept=resolve("fp8").rule_of("attn.o").kept),
-], ids=["fp8", "direct", "e5m2 gradients", "swiglu kept whole", "swiglu kept in 12 bits"])
+    replace(FP8, swiglu_kept=resolve("fp8").rule_of("attn.o").kept), MOTLEY,
+], ids=["fp8", "direct", "e5m2 gradients", "swiglu kept whole", "swiglu kept in 12 bits", "no two alike"])
 def test_experts_are_a_loop_over_experts(recipe):
     """Tokens quantised once, the gate's weight joining at the SwiGLU, rows in blocks of 128: none of it shows."""
     h, topk, gate, w_up, w_down, d_y = moe_problem()
@@ -102,9 +105,9 @@ def test_experts_are_a_loop_over_experts(recipe):
 
 
 @pytest.mark.slow
-def test_a_dense_network_is_one_expert_that_everyone_visits():
+@pytest.mark.parametrize("recipe, bound", [(replace(FP8, sites=()), 6e-2), (MOTLEY, 0.1)], ids=["fp8", "no two alike"])
+def test_a_dense_network_is_one_expert_that_everyone_visits(recipe, bound):
     """`mlp` and `moe` under one rule, all tokens to one expert with weight 1."""
-    recipe = replace(FP8, sites=())
     h, _, _, w_up, w_down, d_y = moe_problem(1)
     ops, topk, ones = fp8_ops(recipe), jnp.zeros((T, 1), jnp.int32), jnp.ones((T, 1))
 
@@ -114,8 +117,8 @@ def test_a_dense_network_is_one_expert_that_everyone_visits():
 
     dense = jax.jit(lambda: run(lambda h, up, down: ops.mlp(("mlp.gate_up", "mlp.down"), h, up, down)))()
     moe = jax.jit(lambda: run(lambda h, up, down: ops.moe(h, topk, ones, ExpertWeights(up[None], down[None]))))()
-    for a, b, bound in zip(dense, moe, (0, 0, 0, 6e-2), strict=True):  # moe quantises dy twice for the last
-        assert distance(a, b) <= bound + 1e-6
+    for a, b, bound in zip(dense, moe, (0, 0, 0, bound), strict=True):  # moe quantises dy twice for the last
+        assert distance(a, b) < bound + 1e-4  # a sum in another order now and then moves a code
 
 
 def test_sites_of_one_rule_share_one_product_and_give_what_each_gives_alone():
