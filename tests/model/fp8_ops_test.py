@@ -243,15 +243,22 @@ def test_text_comes_from_the_quantised_model():
     assert distance(decode(text_ops(recipe)), forward) < 0.02 < distance(decode(text_ops(None)), forward)
 
 
-def test_there_are_no_hopper_kernels_for_it_yet(monkeypatch):
-    """`auto` warns on a Hopper GPU and takes the reference, `require` refuses."""
+def test_a_hopper_gpu_gets_the_fast_forms_and_a_refusal_in_one_line(monkeypatch):
+    """Nothing is missing when the bundle is built; an activation that no kernel takes is a warning, or an error."""
     h100, warnings = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H100"), []
     monkeypatch.setattr(parallel.jax, "devices", lambda: [h100])
     monkeypatch.setattr(parallel.logging, "warning", lambda message, *values: warnings.append(message % values))
-    make_ops("auto", FP8)
-    assert len(warnings) == 1 and "products in 8 bits" in warnings[0]
-    with pytest.raises(UserError, match="no Hopper kernel for products in 8 bits"):
-        make_ops("require", FP8)
+    auto, required, reference = (
+        make_ops(name, FP8).linear.args[0].kernels for name in ("auto", "require", "reference"))
+    assert reference == REFERENCE and not warnings
+    fast = {name for name in REFERENCE._fields if getattr(auto, name) != getattr(REFERENCE, name)}
+    assert fast == set(REFERENCE._fields)
+    x, operand = jnp.ones((8, 8), jnp.float32), FP8.default.fprop_x
+    for _ in range(2):
+        jax.tree.map(np.testing.assert_array_equal, auto.quantize_rows(x, operand), REFERENCE.quantize_rows(x, operand))
+    assert len(warnings) == 1 and "activations in float32" in warnings[0]
+    with pytest.raises(UserError, match="no Hopper kernel for activations in float32"):
+        required.quantize_rows(x, operand)
     monkeypatch.undo()
     with pytest.raises(UserError, match="kernels=require needs a Hopper GPU"):
         make_ops("require", FP8)
