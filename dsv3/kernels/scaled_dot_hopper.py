@@ -91,6 +91,14 @@ def _piece(width: int, dtype: jnp.dtype) -> int:
     return math.gcd(width, 64 // jnp.dtype(dtype).itemsize)
 
 
+def _in_flight(piece: int, pieces: int) -> int:
+    """Latest copies that may still be reading when this piece of a tile is staged: none from the same buffer.
+
+    Pieces take the two buffers in turn; after an odd number of them the next tile begins with the buffer used last.
+    """
+    return 0 if piece == 0 and pieces % 2 else 1
+
+
 def _scratch(tuning: Tuning, column_scales: bool, types: tuple, out_dtype: jnp.dtype) -> Shared:
     width, stages = tuning.width, tuning.stages
     empty = partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if tuning.pair else plgpu.Barrier
@@ -240,7 +248,7 @@ def _consume(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tun
         chunk = min(piece, segment)
         for i in range(width // piece):
             staged = shared.out.at[group, i % 2]
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(_in_flight(i, width // piece), wait_read_only=True)
             for first in range(i * piece, (i + 1) * piece, chunk):
                 inside = first % segment
                 values = totals[first // segment][:, inside:inside + chunk].astype(staged.dtype)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config import UserError
 from dsv3.kernels.scaled import Blocks, Tiles
-from dsv3.kernels.scaled_dot_hopper import Tuning, rows_times_blocks, weight_gradient
+from dsv3.kernels.scaled_dot_hopper import Tuning, _in_flight, rows_times_blocks, weight_gradient
 from dsv3.quant.formats import E4M3
 from dsv3.quant.tiles import ALONG_ROWS, BLOCK, dequantize, quantize
 
@@ -106,6 +106,16 @@ def test_the_fewest_stages_and_any_number_of_steps_come_to_an_end(pair, steps_E)
     for e, (start, steps) in enumerate(zip(start_E, steps_E, strict=True)):
         of_e = slice(start, start + 128 * steps)
         assert_close(actual[e], a_numbers[:, of_e] @ b_numbers[:, of_e].T)
+
+
+@pytest.mark.parametrize("pieces", range(1, 12))
+def test_no_buffer_is_filled_while_it_may_still_be_read(pieces):
+    """Also by the first piece of the next tile, which follows at once where that tile has no steps."""
+    copied = []
+    for piece in [*range(pieces)] * 3:
+        allowed = _in_flight(piece, pieces)
+        assert piece % 2 not in copied[len(copied) - allowed:]
+        copied.append(piece % 2)
 
 
 @pytest.mark.parametrize("tuning, said", [
