@@ -121,8 +121,10 @@ def test_a_dense_network_is_one_expert_that_everyone_visits(recipe, bound):
         assert distance(a, b) < bound + 1e-4  # a sum in another order now and then moves a code
 
 
-def test_sites_of_one_rule_share_one_product_and_give_what_each_gives_alone():
+@pytest.mark.parametrize("rule", [FP8.default, motley(FP8.default)], ids=["fp8", "no two alike"])
+def test_sites_of_one_rule_share_one_product_and_give_what_each_gives_alone(rule):
     """Widths that fill no tile; outputs and weight gradients to the last bit, the input's gradient but for its sum."""
+    base = replace(FP8, default=rule)
     rng = np.random.default_rng(0)
     x, gain = rng.standard_normal((2, 20, D)).astype(np.float32), np.linspace(0.5, 2, D, dtype=np.float32)
     weights = tuple(rng.standard_normal((D, n)).astype(np.float32) for n in (130, 60))
@@ -130,9 +132,9 @@ def test_sites_of_one_rule_share_one_product_and_give_what_each_gives_alone():
 
     def alone(x, gain, weights):
         normed = rms_norm(x, gain, 1e-6)
-        return tuple(quantized_dot(normed, w, FP8.default) for w in weights)
+        return tuple(quantized_dot(normed, w, rule) for w in weights)
 
-    def together(x, gain, weights, recipe=FP8):
+    def together(x, gain, weights, recipe=base):
         return fp8_ops(recipe).norm_linear(("attn.q_a", "attn.kv_a"), x, gain, weights, 1e-6)
 
     def run(function):
@@ -151,7 +153,7 @@ def test_sites_of_one_rule_share_one_product_and_give_what_each_gives_alone():
     traced = str(jax.make_jaxpr(lambda: together(x, gain, weights, recipe=replace(FP8, sites=(), default=late)))())
     assert traced.count("custom_vjp_call") > str(jax.make_jaxpr(lambda: together(x, gain, weights))()).count(
         "custom_vjp_call")  # each by itself: side by side, scales would change within an interval
-    mixed = replace(FP8, sites=(Site(pattern="attn.kv_a", rule=None),))
+    mixed = replace(base, sites=(Site(pattern="attn.kv_a", rule=None),))
     (q, kv), *_ = run(lambda *args: together(*args, recipe=mixed))
     np.testing.assert_allclose(q, wanted[0][0], rtol=1e-6, atol=1e-5)
     assert distance(kv, np.asarray(rms_norm(x, gain, 1e-6)) @ weights[1]) < 1e-6
