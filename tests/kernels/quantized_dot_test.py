@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import distance
+from tiny_recipe import motley
 
 from dsv3.config import UserError, resolve
 from dsv3.kernels.grouped_dot import block_experts, block_starts, padded_rows
@@ -24,6 +25,8 @@ RULES = {
     "block gradients": resolve("fp8_block_gradients").default,
     "per tensor": resolve("fp8_per_tensor").default,
     "other weights backward": replace(RULE, dgrad_w=replace(RULE.dgrad_w, power_of_two=True)),
+    "no two alike": motley(RULE),
+    "no two alike, otherwise": motley(RULE, 1),
 }
 M, K, N = 70, 200, 136
 LAYOUT = {"inner": tiles.ALONG_ROWS, "block": tiles.BLOCK, "tensor": tiles.TENSOR}
@@ -75,7 +78,8 @@ def test_rules_differ_where_they_say_and_nowhere_else():
     assert moved == {
         "fp8": [False] * 3, "e5m6 kept": [False, False, True], "direct": [False, False, True],
         "e5m2 gradients": [False, True, True], "block gradients": [False, True, False], "per tensor": [True] * 3,
-        "other weights backward": [False, True, False]}
+        "other weights backward": [False, True, False], "no two alike": [True] * 3,
+        "no two alike, otherwise": [True] * 3}
 
 
 def test_dtypes_of_training():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import FAMILY, distance, random_batch, random_variables
+from tiny_recipe import motley
 
 from dsv3.config import Site, UserError, resolve
 from dsv3.config.quant import change_all
@@ -28,6 +29,8 @@ from dsv3.quant.formats import format_of
 
 FP8 = resolve("fp8")
 LAYOUT = {"inner": tiles.ALONG_ROWS, "block": tiles.BLOCK, "tensor": tiles.TENSOR}
+MOTLEY = replace(FP8, sites=(Site(pattern="*.gate_up", rule=motley(FP8.default)),
+                             Site(pattern="*.down", rule=motley(FP8.default, 1))))
 T, D, F, E, K = 40, 72, 48, 5, 2
 
 
@@ -81,8 +84,8 @@ def expert_by_expert(recipe, h, topk, gate, w_up, w_down, d_y):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [
     FP8, resolve("fp8_direct"), resolve("fp8_e5m2_gradients"), replace(FP8, swiglu_kept=None),
-    replace(FP8, swiglu_kept=resolve("fp8").rule_of("attn.o").kept),
-], ids=["fp8", "direct", "e5m2 gradients", "swiglu kept whole", "swiglu kept in 12 bits"])
+    replace(FP8, swiglu_kept=resolve("fp8").rule_of("attn.o").kept), MOTLEY,
+], ids=["fp8", "direct", "e5m2 gradients", "swiglu kept whole", "swiglu kept in 12 bits", "no two alike"])
 def test_experts_are_a_loop_over_experts(recipe):
     """Tokens quantised once, the gate's weight joining at the SwiGLU, rows in blocks of 128: none of it shows."""
     h, topk, gate, w_up, w_down, d_y = moe_problem()
@@ -102,9 +105,9 @@ def test_experts_are_a_loop_over_experts(recipe):
 
 
 @pytest.mark.slow
-def test_a_dense_network_is_one_expert_that_everyone_visits():
+@pytest.mark.parametrize("recipe, bound", [(replace(FP8, sites=()), 6e-2), (MOTLEY, 0.1)], ids=["fp8", "no two alike"])
+def test_a_dense_network_is_one_expert_that_everyone_visits(recipe, bound):
     """`mlp` and `moe` under one rule, all tokens to one expert with weight 1."""
-    recipe = replace(FP8, sites=())
     h, _, _, w_up, w_down, d_y = moe_problem(1)
     ops, topk, ones = fp8_ops(recipe), jnp.zeros((T, 1), jnp.int32), jnp.ones((T, 1))
 
@@ -114,12 +117,14 @@ def test_a_dense_network_is_one_expert_that_everyone_visits():
 
     dense = jax.jit(lambda: run(lambda h, up, down: ops.mlp(("mlp.gate_up", "mlp.down"), h, up, down)))()
     moe = jax.jit(lambda: run(lambda h, up, down: ops.moe(h, topk, ones, ExpertWeights(up[None], down[None]))))()
-    for a, b, bound in zip(dense, moe, (0, 0, 0, 6e-2), strict=True):  # moe quantises dy twice for the last
-        assert distance(a, b) <= bound + 1e-6
+    for a, b, bound in zip(dense, moe, (0, 0, 0, bound), strict=True):  # moe quantises dy twice for the last
+        assert distance(a, b) < bound + 1e-4  # a sum in another order now and then moves a code
 
 
-def test_sites_of_one_rule_share_one_product_and_give_what_each_gives_alone():
+@pytest.mark.parametrize("rule", [FP8.default, motley(FP8.default)], ids=["fp8", "no two alike"])
+def test_sites_of_one_rule_share_one_product_and_give_what_each_gives_alone(rule):
     """Widths that fill no tile; outputs and weight gradients to the last bit, the input's gradient but for its sum."""
+    base = replace(FP8, default=rule)
     rng = np.random.default_rng(0)
     x, gain = rng.standard_normal((2, 20, D)).astype(np.float32), np.linspace(0.5, 2, D, dtype=np.float32)
     weights = tuple(rng.standard_normal((D, n)).astype(np.float32) for n in (130, 60))
@@ -127,9 +132,9 @@ def test_sites_of_one_rule_share_one_product_and_give_what_each_gives_alone():
 
     def alone(x, gain, weights):
         normed = rms_norm(x, gain, 1e-6)
-        return tuple(quantized_dot(normed, w, FP8.default) for w in weights)
+        return tuple(quantized_dot(normed, w, rule) for w in weights)
 
-    def together(x, gain, weights, recipe=FP8):
+    def together(x, gain, weights, recipe=base):
         return fp8_ops(recipe).norm_linear(("attn.q_a", "attn.kv_a"), x, gain, weights, 1e-6)
 
     def run(function):
@@ -148,7 +153,7 @@ def test_sites_of_one_rule_share_one_product_and_give_what_each_gives_alone():
     traced = str(jax.make_jaxpr(lambda: together(x, gain, weights, recipe=replace(FP8, sites=(), default=late)))())
     assert traced.count("custom_vjp_call") > str(jax.make_jaxpr(lambda: together(x, gain, weights))()).count(
         "custom_vjp_call")  # each by itself: side by side, scales would change within an interval
-    mixed = replace(FP8, sites=(Site(pattern="attn.kv_a", rule=None),))
+    mixed = replace(base, sites=(Site(pattern="attn.kv_a", rule=None),))
     (q, kv), *_ = run(lambda *args: together(*args, recipe=mixed))
     np.testing.assert_allclose(q, wanted[0][0], rtol=1e-6, atol=1e-5)
     assert distance(kv, np.asarray(rms_norm(x, gain, 1e-6)) @ weights[1]) < 1e-6
@@ -240,15 +245,22 @@ def test_text_comes_from_the_quantised_model():
     assert distance(decode(text_ops(recipe)), forward) < 0.02 < distance(decode(text_ops(None)), forward)
 
 
-def test_there_are_no_hopper_kernels_for_it_yet(monkeypatch):
-    """`auto` warns on a Hopper GPU and takes the reference, `require` refuses."""
+def test_a_hopper_gpu_gets_the_fast_forms_and_a_refusal_in_one_line(monkeypatch):
+    """Nothing is missing when the bundle is built; an activation that no kernel takes is a warning, or an error."""
     h100, warnings = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H100"), []
     monkeypatch.setattr(parallel.jax, "devices", lambda: [h100])
     monkeypatch.setattr(parallel.logging, "warning", lambda message, *values: warnings.append(message % values))
-    make_ops("auto", FP8)
-    assert len(warnings) == 1 and "products in 8 bits" in warnings[0]
-    with pytest.raises(UserError, match="no Hopper kernel for products in 8 bits"):
-        make_ops("require", FP8)
+    auto, required, reference = (
+        make_ops(name, FP8).linear.args[0].kernels for name in ("auto", "require", "reference"))
+    assert reference == REFERENCE and not warnings
+    fast = {name for name in REFERENCE._fields if getattr(auto, name) != getattr(REFERENCE, name)}
+    assert fast == set(REFERENCE._fields)
+    x, operand = jnp.ones((8, 8), jnp.float32), FP8.default.fprop_x
+    for _ in range(2):
+        jax.tree.map(np.testing.assert_array_equal, auto.quantize_rows(x, operand), REFERENCE.quantize_rows(x, operand))
+    assert len(warnings) == 1 and "activations in float32" in warnings[0]
+    with pytest.raises(UserError, match="no Hopper kernel for activations in float32"):
+        required.quantize_rows(x, operand)
     monkeypatch.undo()
     with pytest.raises(UserError, match="kernels=require needs a Hopper GPU"):
         make_ops("require", FP8)
