@@ -28,8 +28,9 @@ SHARED_BYTES = 227 * 1024
 GRADIENT_TOKENS = 8192
 WIDTHS = {32: 10, 64: 8, 96: 7, 112: 6, 128: 6, 144: 5, 160: 5, 176: 5, 192: 5}
 """Columns of a tile, and the most steps in flight that fit for it."""
-WORSE = 1.05
-"""Widths whose rounds cost more than this, compared with the best, are not tried."""
+NEAR = 2
+"""Widths that are tried beside the usual two, those whose tiles fill rounds of all multiprocessors best; half as many
+for many rows, where all fill them well."""
 EXPERTS = ((8, 4096), (8, 16_384), (32, 256), (256, 128))
 MATRICES = ((4096, 7168), (7168, 2048))
 """(n, k) of an expert's gate_up and down."""
@@ -49,15 +50,14 @@ def cost(m: int, n: int, width: int) -> float:
 
 
 def product_candidates(m: int, n: int, default: Tuning, out_bytes: int, *, column_scales: bool = False) -> list[Tuning]:
-    """The default first; then widths by their cost, the best of them with other bands and pairs; all that fit."""
-    usable = [width for width in WIDTHS if width >= 96 or m <= ROWS]
-    least = min(cost(m, n, width) for width in usable)
-    near = [width for width in usable if cost(m, n, width) <= WORSE * least]
-    found = [default, *(Tuning(width, WIDTHS[width], None, 8) for width in {*near, 128, 192})]
+    """The default first; then widths by their cost, the usual two with other bands and pairs; all that fit."""
+    usable = sorted((width for width in WIDTHS if width >= 96 or m <= ROWS), key=partial(cost, m, n))
+    near = NEAR if m <= 4096 else NEAR // 2
+    found = [default, *(Tuning(width, WIDTHS[width], None, 8) for width in dict.fromkeys((*usable[:NEAR], 128, 192)))]
     if m > ROWS:
         found += [Tuning(128, 6, None, 16), Tuning(128, 6, "a", 8), Tuning(128, 6, "b", 8), Tuning(192, 5, None, 16),
                   Tuning(192, 5, "a", 8), Tuning(192, 5, "b", 8)]
-        found += [Tuning(128, 6, None, 4), Tuning(128, 6, None, 32)] if m >= 4096 else []
+        found += [Tuning(128, 6, None, 4 if m <= 4096 else 32)]
     fits = lambda tuning: shared_bytes(tuning, out_bytes, column_scales=column_scales) <= SHARED_BYTES
     return [tuning for tuning in dict.fromkeys(found) if fits(tuning)]
 
