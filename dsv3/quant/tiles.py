@@ -41,11 +41,17 @@ def _spread(scales: jax.Array, shape: tuple[int, ...], tile: tuple[int, int] | N
 
 
 def tile_amax(x: jax.Array, tile: tuple[int, int] | None) -> jax.Array:
-    """The largest magnitude of every tile of x [..., m, n]: [..., ceil(m / t), ceil(n / u)], or [..., 1, 1]."""
-    magnitude = jnp.abs(x.astype(jnp.float32))
+    """The largest magnitude of every tile of x [..., m, n]: [..., ceil(m / t), ceil(n / u)], or [..., 1, 1].
+
+    NaN where there is one, so also beside an infinity.
+    """
+    # The bits of magnitudes are in order, NaNs last; XLA's maximum of numbers loses NaNs on a CPU.
+    magnitude = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 0x7FFFFFFF
     if tile is None:
-        return jnp.max(magnitude, axis=(-2, -1), keepdims=True)
-    return jnp.max(_whole_tiles(magnitude, tile), axis=(-3, -1))
+        largest = jnp.max(magnitude, axis=(-2, -1), keepdims=True)
+    else:
+        largest = jnp.max(_whole_tiles(magnitude, tile), axis=(-3, -1))
+    return jax.lax.bitcast_convert_type(largest, jnp.float32)
 
 
 def scale_of(amax: jax.Array, fmt: Format, *, power_of_two: bool) -> jax.Array:

@@ -98,6 +98,30 @@ def test_zeros_small_tiles_and_bad_numbers():
     assert not np.isnan(back[2, 128:]).any() and not np.isnan(back[3, :128]).any()
 
 
+@pytest.mark.parametrize("fmt, power_of_two", [*itertools.product([E4M3, E5M2, E5M6], [False, True])])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_one_bad_number_spoils_all_of_its_tile_and_no_other(tile, bad, fmt, power_of_two):
+    """Whatever its sign, its neighbours and its place, at the ragged edge too."""
+    x = random((130, 200))
+    x[3, 5], x[129, 199], x[3, 6] = bad, bad, -np.inf
+    q = jax.jit(lambda x: quantize(x, fmt, tile, power_of_two=power_of_two))(x)
+    back = np.asarray(dequantize(q, fmt, tile, 200))
+    for place, part in tiles_of(x.shape, tile):
+        spoilt = not np.isfinite(x[part]).all()
+        assert np.isnan(back[part]).all() if spoilt else np.isfinite(back[part]).all()
+        assert np.isnan(q.scales[place]) == np.isnan(x[part]).any()
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_constants_are_quantised_like_arguments(tile):
+    """What the compiler evaluates by itself, transposed arrays among it, has the same bits."""
+    x = random((18, 30))
+    turned = lambda x: jax.tree.map(jnp.asarray, quantize(jnp.asarray(x).T, E4M3, tile, power_of_two=False))
+    for constant, argument in zip(jax.jit(lambda: turned(x))(), jax.jit(turned)(x), strict=True):
+        np.testing.assert_array_equal(bits(constant), bits(argument))
+
+
 def test_a_vector_has_no_tiles():
     with pytest.raises(UserError, match=r"shape \(5,\)"):
         quantize(jnp.zeros(5), E4M3, BLOCK, power_of_two=False)
