@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3.config import require
 from dsv3.kernels.scaled import Blocks, Tiles
 
 ROWS = 128
@@ -184,6 +185,8 @@ def _consume(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tun
         totals = [total + part[:, i * segment:(i + 1) * segment] * scale
                   for i, (total, scale) in enumerate(zip(totals, scales(slot, row, factors), strict=True))]
         if column_scales:
+            if tuning.pair:  # one thread arrives for its warpgroup, on both multiprocessors: the others may still read
+                plgpu.commit_smem()
             plgpu.barrier_arrive(shared.empty.at[slot])
         return totals
 
@@ -287,6 +290,8 @@ def _call(tile_of: Callable, n_tiles: int, column_scales: bool, tuning: Tuning, 
         scratch = _scratch(tuning, column_scales, (args[-4].dtype, args[-2].dtype), out.dtype)
         pl.run_scoped(run, **scratch._asdict(), collective_axes="group")
 
+    require(tuning.stages > AHEAD, f"{tuning} would wait for ever: operands arrive {AHEAD} steps ahead, which takes at "
+            f"least {AHEAD + 1} stages")
     pairs = dict(cluster=(2,), cluster_names=("pair",)) if tuning.pair else {}
     return plgpu.kernel(
         kernel, out_type=out, grid=(min(MULTIPROCESSORS // (2 if tuning.pair else 1), n_tiles),),
@@ -316,6 +321,8 @@ def rows_times_blocks(
     a: Tiles, b: Blocks, expert_Z: jax.Array | None, out: jax.ShapeDtypeStruct, tuning: Tuning,
 ) -> jax.Array:
     """a [M, K] times b [E, N, K] of the expert of every 128 rows (or b [N, K]): out [m <= M, n <= N]."""
+    require(expert_Z is None or tuning.pair != "b", f"{tuning}: neighbouring rows of tiles may belong to two "
+            "experts, so they cannot share columns of b; use pair 'a' or None")
     m, n = out.shape
     width = tuning.width
     n_tiles, place = _grid(pl.cdiv(m, ROWS), pl.cdiv(n, width), tuning)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3.config import UserError
 from dsv3.kernels.scaled import Blocks, Tiles
 from dsv3.kernels.scaled_dot_hopper import Tuning, rows_times_blocks, weight_gradient
 from dsv3.quant.formats import E4M3
@@ -90,6 +91,31 @@ def test_a_grouped_weight_gradient(tuning):
     for e, (start, steps) in enumerate(zip(start_E, steps_E, strict=True)):
         of_e = slice(start, start + 128 * steps)
         assert_close(actual[e], a_numbers[:, of_e] @ b_numbers[:, of_e].T)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps_E", [(0, 0, 0), (1, 0, 5)], ids=str)
+@pytest.mark.parametrize("pair", [None, "a", "b"])
+def test_the_fewest_stages_and_any_number_of_steps_come_to_an_end(pair, steps_E):
+    """No steps at all, one, and an odd number with more steps than slots; columns that are no whole pair of tiles."""
+    rng = np.random.default_rng(5)
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 128, 768), tiles(rng, 128, 768)
+    start_E = np.cumsum((0, *steps_E[:-1])) * 128
+    actual = run(weight_gradient, a, b, jnp.asarray(start_E, jnp.int32), jnp.asarray(steps_E, jnp.int32),
+                 Tuning(128, 3, pair, 8))
+    for e, (start, steps) in enumerate(zip(start_E, steps_E, strict=True)):
+        of_e = slice(start, start + 128 * steps)
+        assert_close(actual[e], a_numbers[:, of_e] @ b_numbers[:, of_e].T)
+
+
+@pytest.mark.parametrize("tuning, said", [
+    (Tuning(128, 2, None, 8), "stages=2, .* would wait for ever"),
+    (Tuning(128, 4, "b", 8), "neighbouring rows of tiles may belong to two experts")])
+def test_a_tuning_that_cannot_work_is_refused(tuning, said):
+    rng = np.random.default_rng(6)
+    (a, _), (b, _) = tiles(rng, 256, 128), blocks(rng, 2, 128, 128)
+    with pytest.raises(UserError, match=said):
+        rows_times_blocks(a, b, jnp.arange(2), jax.ShapeDtypeStruct((256, 128), jnp.bfloat16), tuning)
 
 
 @pytest.mark.slow
