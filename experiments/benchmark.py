@@ -48,4 +48,5 @@ if __name__ == "__main__":
         "shapes": benchmark_shapes.main, "step": benchmark_step.main, "slice": benchmark_slice.main,
         "gemm": benchmark_gemm.main, "grouped": benchmark_grouped.main, "quantize": benchmark_rows.main,
         "attention": benchmark_attention.main, "loss": benchmark_loss.main, "import": benchmark_import.main,
-        "render": benchmark_render.main, "tune": partial(benchmark_tune.main, tunables=benchmark_tunables.TUNABLES)}, "shapes")
+        "render": benchmark_render.main,
+        "tune": partial(benchmark_tune.main, tunables=benchmark_tunables.TUNABLES)}, "shapes")

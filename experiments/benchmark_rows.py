@@ -34,7 +34,7 @@ NEAR = 0.004
 
 
 class Form(NamedTuple):
-    """A function of `Kernels`: its inputs at a shape, and its call, given the function, on them. `exact`: to the bit."""
+    """A function of `Kernels`: its inputs at a shape, and its call on them. `exact`: to the bit."""
 
     function: str
     inputs: Callable[..., tuple]

@@ -19,6 +19,7 @@ from dsv3.kernels.scaled_dot_hopper import DEPTH, HALF, MULTIPROCESSORS, ROWS, T
 from dsv3.kernels.scaled_products_hopper import NARROW, WIDE_ADVANTAGE, default_tuning
 from dsv3.kernels.stream_hopper import Streaming
 from experiments.benchmark_gemm import SHAPES
+from experiments.benchmark_grouped import group_sizes
 from experiments.benchmark_rows import FORMS, GATE_UP, ROUTED, TOKENS
 from experiments.benchmark_table import normal
 from experiments.benchmark_tune import Tunable
@@ -49,14 +50,18 @@ def cost(m: int, n: int, width: int) -> float:
     return rounds * width * (1 if width >= 160 else WIDE_ADVANTAGE)
 
 
-def product_candidates(m: int, n: int, default: Tuning, out_bytes: int, *, column_scales: bool = False) -> list[Tuning]:
-    """The default first; then widths by their cost, the usual two with other bands and pairs; all that fit."""
+def product_candidates(m: int, n: int, default: Tuning, out_bytes: int, *, column_scales: bool = False,
+                       pairs: str = "ab") -> list[Tuning]:
+    """The default first; then widths by their cost, the usual two with other bands and pairs; all that fit.
+
+    `pairs`: operands that neighbours may share.
+    """
     usable = sorted((width for width in WIDTHS if width >= 96 or m <= ROWS), key=partial(cost, m, n))
     near = NEAR if m <= 4096 else NEAR // 2
-    found = [default, *(Tuning(width, WIDTHS[width], None, 8) for width in dict.fromkeys((*usable[:NEAR], 128, 192)))]
+    found = [default, *(Tuning(width, WIDTHS[width], None, 8) for width in dict.fromkeys((*usable[:near], 128, 192)))]
     if m > ROWS:
-        found += [Tuning(128, 6, None, 16), Tuning(128, 6, "a", 8), Tuning(128, 6, "b", 8), Tuning(192, 5, None, 16),
-                  Tuning(192, 5, "a", 8), Tuning(192, 5, "b", 8)]
+        found += [Tuning(128, 6, None, 16), Tuning(192, 5, None, 16)]
+        found += [Tuning(width, WIDTHS[width], pair, 8) for width in (128, 192) for pair in pairs]
         found += [Tuning(128, 6, None, 4 if m <= 4096 else 32)]
     fits = lambda tuning: shared_bytes(tuning, out_bytes, column_scales=column_scales) <= SHARED_BYTES
     return [tuning for tuning in dict.fromkeys(found) if fits(tuning)]
@@ -91,10 +96,10 @@ def grouped_dot(shape: tuple[int, ...], tuning: Tuning):
 
 
 def grouped_inputs(shape: tuple[int, ...], seed: int) -> tuple[Tiles, Blocks, jax.Array]:
-    """Even groups; the blocks after them belong to the last expert."""
+    """Skewed groups, so that neighbouring blocks are of two experts here and there."""
     e, rows, n, k = shape
     m = grouped_rows(e, rows)
-    expert_Z = block_experts(jnp.full(e, rows, jnp.int32), m // TILE, TILE)
+    expert_Z = block_experts(jnp.asarray(group_sizes("skewed", e, e * rows)), m // TILE, TILE)
     return random_tiles(2 * seed, m, k), random_blocks(2 * seed + 1, e, n, k), expert_Z
 
 
@@ -150,7 +155,7 @@ PRODUCTS = (
     Tunable(
         "scaled_grouped_dot", tuple((*experts, *pair) for experts in EXPERTS for pair in both_ways(MATRICES)),
         lambda shape: product_candidates(
-            grouped_rows(*shape[:2]), shape[2], default_tuning(grouped_rows(*shape[:2]), shape[2]), 2),
+            grouped_rows(*shape[:2]), shape[2], default_tuning(grouped_rows(*shape[:2]), shape[2]), 2, pairs="a"),
         grouped_dot, grouped_inputs, grouped_expected),
     Tunable(
         "scaled_weight_gradient", tuple((whole(k), whole(n)) for n, k in SHAPES),
@@ -181,7 +186,7 @@ STREAMS = {
         (2, 2, 1024), (2, 4, 1024), (3, 4, 1024), (4, 3, 1024), (3, 2, 1024), (2, 2, 2048), (2, 1, 3584),
         (4, 4, 512), (6, 4, 512), (2, 6, 1024))),
 }
-"""Of `FORMS`: entries of the table, the shape that is measured (of norms its rows alone), and (stages, blocks, split)."""
+"""Of `FORMS`: entries of the table, the shape that is measured (of norms its rows), and (stages, blocks, split)."""
 
 
 def stream(name: str) -> Tunable:
