@@ -74,9 +74,12 @@ def random_tiles(seed: int, rows: int, columns: int) -> Tiles:
 
 
 def random_blocks(seed: int, *shape: int) -> Blocks:
+    """The same for matrices, of a stack one after the other: bits of all at once would take eight times their room."""
     *stack, n, k = shape
+    one = lambda number: normal(seed + 1000 * number, n, k, dtype=jnp.float8_e4m3fn)
+    values = jax.lax.map(one, jnp.arange(math.prod(stack))).reshape(shape)
     scales = jax.random.uniform(jax.random.key(seed + 100), (*stack, n // TILE, k // TILE), minval=0.5, maxval=1.5)
-    return Blocks(normal(seed, *shape, dtype=jnp.float8_e4m3fn), scales)
+    return Blocks(values, scales)
 
 
 def dense_dot(shape: tuple[int, ...], tuning: Tuning):
