@@ -75,5 +75,6 @@ def device_seconds(programs: dict[str, tuple[jax.stages.Compiled, Sequence]]) ->
         with jax.profiler.trace(directory, profiler_options=options):
             for program, sets in programs.values():
                 jax_batch(program, sets)(TRACED_CALLS)
-        return {name: busy_seconds(directory, module_name(program.as_text())) / TRACED_CALLS
-                for name, (program, _) in programs.items()}
+        modules = [module_name(program.as_text()) for program, _ in programs.values()]
+        busy = busy_seconds(directory, modules)
+    return {name: took / TRACED_CALLS for name, took in zip(programs, busy, strict=True)}
