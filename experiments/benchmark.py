@@ -14,6 +14,7 @@ it. `render` makes the tables of docs/benchmarks.md from docs/benchmarks/*.json,
 
 import os
 import sys
+from functools import partial
 
 from absl import flags
 
@@ -29,6 +30,7 @@ from experiments import (
     benchmark_slice,
     benchmark_step,
     benchmark_table,
+    benchmark_tunables,
     benchmark_tune,
     launch,
 )
@@ -46,4 +48,5 @@ if __name__ == "__main__":
         "shapes": benchmark_shapes.main, "step": benchmark_step.main, "slice": benchmark_slice.main,
         "gemm": benchmark_gemm.main, "grouped": benchmark_grouped.main, "quantize": benchmark_rows.main,
         "attention": benchmark_attention.main, "loss": benchmark_loss.main, "import": benchmark_import.main,
-        "render": benchmark_render.main, "tune": benchmark_tune.main}, "shapes")
+        "render": benchmark_render.main,
+        "tune": partial(benchmark_tune.main, tunables=benchmark_tunables.TUNABLES)}, "shapes")

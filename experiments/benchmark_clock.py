@@ -69,9 +69,12 @@ def seconds(batches: dict[str, Batch]) -> dict[str, float]:
 
 def device_seconds(programs: dict[str, tuple[jax.stages.Compiled, Sequence]]) -> dict[str, float]:
     """Seconds a call in which kernels ran, of compiled programs with their inputs, from one trace of them all."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # other threads may be compiling, and every call of theirs would be an event
     with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
+        with jax.profiler.trace(directory, profiler_options=options):
             for program, sets in programs.values():
                 jax_batch(program, sets)(TRACED_CALLS)
-        return {name: busy_seconds(directory, module_name(program.as_text())) / TRACED_CALLS
-                for name, (program, _) in programs.items()}
+        modules = [module_name(program.as_text()) for program, _ in programs.values()]
+        busy = busy_seconds(directory, modules)
+    return {name: took / TRACED_CALLS for name, took in zip(programs, busy, strict=True)}

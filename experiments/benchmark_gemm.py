@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from dsv3.kernels import scaled_products_hopper
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles
 from dsv3.quant import tiles as quant
 from dsv3.quant.formats import E4M3
@@ -73,9 +74,17 @@ def plain_dot(a: jax.Array, b: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     return jnp.dot(a, b.T, preferred_element_type=out_dtype)
 
 
-SCALED: dict[str, Callable] = {"decoded by XLA": decoded_dot}
+def on_this_device(product: Callable) -> Callable:
+    """A product of `scaled_products_hopper` with the tuning of the device that it runs on."""
+    return lambda *arguments: product(*arguments, kind=jax.devices()[0].device_kind)
+
+
+SCALED: dict[str, Callable] = {"Hopper": on_this_device(scaled_products_hopper.scaled_dot),
+                               "decoded by XLA": decoded_dot}
 """`scaled_dot(a: Tiles [M, K], b: Blocks [N, K], out_dtype)`; the fastest first: it is what ratios compare with."""
-SCALED_WEIGHTS: dict[str, Callable] = {"decoded by XLA": lambda a, b: decoded_dot(a, b, jnp.float32)}
+SCALED_WEIGHTS: dict[str, Callable] = {
+    "Hopper": on_this_device(scaled_products_hopper.scaled_weight_gradient),
+    "decoded by XLA": lambda a, b: decoded_dot(a, b, jnp.float32)}
 """`scaled_weight_gradient(a: Tiles [D, T], b: Tiles [F, T])`, likewise."""
 
 

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv3.kernels import scaled_products_hopper
 from dsv3.kernels.grouped_dot import block_experts, block_starts, grouped_dot, padded_rows
 from dsv3.kernels.grouped_dot_hopper import BLOCK, STEP, grouped_dot_hopper, rows_times_experts, weight_gradient
 from experiments import benchmark_table, peers_torch
-from experiments.benchmark_gemm import cublas_contestant, decode, to_blocks, to_tiles
+from experiments.benchmark_gemm import cublas_contestant, decode, on_this_device, to_blocks, to_tiles
 from experiments.benchmark_table import BF16_FLOPS, FP8_FLOPS, Case, Contestant, normal
 
 GATE_UP, DOWN = (7168, 4096), (2048, 7168)
@@ -90,9 +91,10 @@ def weights_bf16(rows_JD: jax.Array, d_out_JF: jax.Array, sizes_E: jax.Array) ->
     return weight_gradient(rows_JD, block_starts(sizes_E, BLOCK), -(-sizes_E // STEP), d_out_JF)
 
 
-SCALED: dict[str, Callable] = {}
+SCALED: dict[str, Callable] = {"Hopper": on_this_device(scaled_products_hopper.scaled_grouped_dot)}
 """`scaled_grouped_dot(a: Tiles [J, K], b: Blocks [E, N, K], expert_Z, out_dtype)`; the fastest first."""
-SCALED_WEIGHTS: dict[str, Callable] = {}
+SCALED_WEIGHTS: dict[str, Callable] = {
+    "Hopper": on_this_device(scaled_products_hopper.scaled_grouped_weight_gradient)}
 """`scaled_grouped_weight_gradient(a: Tiles [D, J], b: Tiles [F, J], start_E, steps_E)`, likewise."""
 
 

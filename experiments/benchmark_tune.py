@@ -2,20 +2,23 @@
 
     python -m experiments.benchmark tune [--kernel=NAME] [--only=4096x]
 
-A kernel takes part through a row of `TUNABLES`. Every candidate is checked against the reference before it is timed, so
-that no wrong one can win; one that does not compile is left out by name.
+A kernel takes part through a row of `benchmark_tunables.TUNABLES`. Every candidate is checked against the reference
+before it is timed, so that no wrong one can win; one that does not compile is left out by name. While one shape is
+measured, threads compile the next.
 """
 
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from absl import flags
 
-from dsv3.config import require
+from dsv3.config import UserError, require
 from dsv3.kernels.tuning import TABLE, key
 from experiments.benchmark_clock import compiled, copies_needed, device_seconds
 from experiments.benchmark_record import versions
@@ -23,6 +26,9 @@ from experiments.benchmark_table import BOUND, distance, poison
 
 FINALISTS = 4
 """Candidates that are timed a second time, side by side."""
+THREADS = 16
+LOWERING_SECONDS, SHAPE_SECONDS = 0.35, 1.5
+"""For the estimate: Python's part of a candidate, which threads do not share, and inputs, reference and traces."""
 
 
 class Tunable(NamedTuple):
@@ -39,10 +45,6 @@ class Tunable(NamedTuple):
     inputs: Callable[[tuple[int, ...], int], tuple]
     expected: Callable
     bound: float = BOUND
-
-
-TUNABLES: tuple[Tunable, ...] = ()
-"""Every kernel that `tune` knows."""
 
 
 def cross(parameters: type[NamedTuple], **values: Sequence) -> list[NamedTuple]:
@@ -64,15 +66,30 @@ def spelled(parameters: NamedTuple) -> str:
     return ", ".join(f"{name} {value}" for name, value in parameters._asdict().items())
 
 
-def right_programs(tunable: Tunable, shape: tuple[int, ...], sets: Sequence) -> Iterator[tuple[NamedTuple, Callable]]:
-    """Candidates that compile and give the expected result, each as a compiled program; the others are printed."""
+def compile_all(tunable: Tunable, shape: tuple[int, ...], pool: ThreadPoolExecutor) -> dict[NamedTuple, Future]:
+    """Every candidate on its way to a compiled program."""
+    arrays = jax.eval_shape(lambda: tunable.inputs(shape, 0))
+    return {parameters: pool.submit(
+        compiled, tunable.make(shape, parameters), f"{tunable.kernel} {key(shape)} {index}", arrays)
+        for index, parameters in enumerate(tunable.candidates(shape))}
+
+
+def expected_of(tunable: Tunable, inputs: Sequence):
+    """The reference's result. Its products need no tuning of their own, and all its roundings count."""
+    options = {"xla_allow_excess_precision": False, "xla_gpu_autotune_level": 0}
     with jax.default_matmul_precision("highest"):
-        expected = jax.block_until_ready(jax.jit(tunable.expected)(*sets[0]))
-    for index, parameters in enumerate(tunable.candidates(shape)):
-        function = tunable.make(shape, parameters)
+        return jax.block_until_ready(jax.jit(tunable.expected).lower(*inputs).compile(options)(*inputs))
+
+
+def right_programs(
+    tunable: Tunable, sets: Sequence, programs: dict[NamedTuple, Future],
+) -> Iterator[tuple[NamedTuple, Callable]]:
+    """Candidates that compile and give the expected result, each as a compiled program; the others are printed."""
+    expected = expected_of(tunable, sets[0])
+    for parameters, future in programs.items():
         try:
-            program = compiled(function, f"{tunable.kernel} {key(shape)} {index}", sets[0])
-            poison(jax.eval_shape(function, *sets[0]))
+            program = future.result()
+            poison(expected)
             error = distance(program(*sets[0]), expected)
         except Exception as refused:  # the compiler's own errors have no common class
             print(f"    {spelled(parameters)}: {str(refused).strip().partition('\n')[0][:160]}", flush=True)
@@ -83,14 +100,15 @@ def right_programs(tunable: Tunable, shape: tuple[int, ...], sets: Sequence) -> 
             print(f"    {spelled(parameters)}: WRONG, distance {error:.2g} is above {tunable.bound}", flush=True)
 
 
-def sweep(tunable: Tunable, shape: tuple[int, ...]) -> list[Timed]:
+def sweep(tunable: Tunable, shape: tuple[int, ...], futures: dict[NamedTuple, Future]) -> list[Timed]:
     """Right candidates, fastest first. The first `FINALISTS` of one pass are ordered by another.
 
     Raises `UserError` where no candidate is right.
     """
-    first = tunable.inputs(shape, 0)
-    sets = [first, *(tunable.inputs(shape, seed) for seed in range(1, copies_needed(first)))]
-    programs = dict(enumerate(right_programs(tunable, shape, sets)))
+    draw = jax.jit(lambda seed: tunable.inputs(shape, seed))
+    sets = [draw(0)]
+    sets += [draw(seed) for seed in range(1, copies_needed(sets[0]))]
+    programs = dict(enumerate(right_programs(tunable, sets, futures)))
     require(programs, f"no candidate of {tunable.kernel} is right at {key(shape)}")
 
     def ordered(indices: Sequence[int]) -> list[tuple[float, int]]:
@@ -111,27 +129,45 @@ def write(path: Path, kind: str, kernel: str, shape: tuple[int, ...], best: Time
     path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
+def estimate(work: Sequence[tuple[Tunable, tuple[int, ...]]]) -> float:
+    """Seconds that a sweep will take, about."""
+    n_candidates = sum(len(tunable.candidates(shape)) for tunable, shape in work)
+    print(f"{len(work)} shapes, {n_candidates} candidates")
+    return LOWERING_SECONDS * n_candidates + SHAPE_SECONDS * len(work)
+
+
 def tune(tunables: Sequence[Tunable], path: Path, only: str) -> None:
-    """Sweep shapes whose `key` has `only` in it; every best is written at once."""
-    kind = jax.devices()[0].device_kind
-    for tunable in tunables:
-        for shape in (shape for shape in tunable.shapes if only in key(shape)):
+    """Sweep shapes whose `key` has `only` in it; every best is written at once. A kernel with none right is named."""
+    kind, start, failed = jax.devices()[0].device_kind, time.perf_counter(), []
+    work = [(tunable, shape) for tunable in tunables for shape in tunable.shapes if only in key(shape)]
+    require(work, f"--only={only} is in no shape of {', '.join(tunable.kernel for tunable in tunables)}")
+    print(f"about {estimate(work):.0f} s", flush=True)
+    with ThreadPoolExecutor(THREADS) as pool:
+        ahead = compile_all(*work[0], pool)
+        for (tunable, shape), after in pairwise([*work, None]):
+            futures, ahead = ahead, compile_all(*after, pool) if after else {}
             print(f"{tunable.kernel} {key(shape)}", flush=True)
-            timed = sweep(tunable, shape)
+            try:
+                timed = sweep(tunable, shape, futures)
+            except UserError as error:
+                failed.append(str(error))
+                continue
             default = tunable.candidates(shape)[0]
             for row in timed:
                 mark = " (default)" if row.parameters == default else ""
                 print(f"    {1e6 * row.seconds:9.1f} us  {spelled(row.parameters)}{mark}", flush=True)
             write(path, kind, tunable.kernel, shape, timed[0])
+    print(f"took {time.perf_counter() - start:.0f} s")
+    require(not failed, "; ".join(failed))
 
 
 def define_flags() -> None:
     flags.DEFINE_string("kernel", None, "tune: this kernel alone")
 
 
-def main(overrides: Sequence[str]) -> None:
+def main(overrides: Sequence[str], tunables: Sequence[Tunable]) -> None:
     require(not overrides, "`benchmark tune` takes no --config fields")
-    known = [tunable.kernel for tunable in TUNABLES]
-    chosen = [tunable for tunable in TUNABLES if flags.FLAGS.kernel in (None, tunable.kernel)]
-    require(chosen, f"--kernel={flags.FLAGS.kernel}: no such kernel; there are {', '.join(known) or 'none yet'}")
+    known = [tunable.kernel for tunable in tunables]
+    chosen = [tunable for tunable in tunables if flags.FLAGS.kernel in (None, tunable.kernel)]
+    require(chosen, f"--kernel={flags.FLAGS.kernel}: no such kernel; there are {', '.join(known)}")
     tune(chosen, TABLE, flags.FLAGS.only)

@@ -25,6 +25,8 @@ from dsv3.kernels.fp8_kernels import REFERENCE, Kernels
 from dsv3.kernels.norm import rms_norm
 from dsv3.kernels.scaled import TILE, Tiles
 from dsv3.kernels.scaled_dot import Products
+from dsv3.kernels.stream_hopper import Streaming
+from dsv3.kernels.tuning import tuned
 
 
 def _coarse(*operands: Operand | None) -> str | None:
@@ -80,46 +82,79 @@ def _products(interval: int, accumulator: str, *, kind: str, refuse: Callable[[s
 
 
 def norm_quantize(
-    x_MK: jax.Array, gain_K: jax.Array, eps: float, rows: Operand, columns: Operand | None,
+    x_MK: jax.Array, gain_K: jax.Array, eps: float, rows: Operand, columns: Operand | None, settings: Streaming,
 ) -> tuple[Tiles, Tiles | None]:
     """One kernel where it accepts the width of x; else RMSNorm by XLA, which a kernel quantises."""
     if not _narrow(x_MK.shape[1], 4 * TILE):
-        return norm_quantize_hopper.norm_quantize(x_MK, gain_K, eps, rows, columns)
+        return norm_quantize_hopper.norm_quantize(x_MK, gain_K, eps, rows, columns, settings)
     normed_MK = rms_norm(x_MK, gain_K, eps)
     if columns is None:
         return quantize_hopper.quantize_rows(normed_MK, rows), None
     return quantize_hopper.quantize_both(normed_MK, rows, columns)
 
 
+def _square(*arguments) -> tuple[int, ...]:
+    """The entry of a kernel whose work is squares, whatever matrix they are of."""
+    return TILE, TILE
+
+
+def _width(x: jax.Array | Tiles, *rest) -> tuple[int, ...]:
+    """The entry of a kernel whose work is rows, however many."""
+    return ((x.values if isinstance(x, Tiles) else x).shape[1],)
+
+
 class Fast(NamedTuple):
-    """A fast form, its refusal (a function of its arguments), and the positions of arguments that are no arrays."""
+    """A fast form, whose last argument are its settings.
+
+    `refusal` is a function of the other arguments, `static` the positions of those that are no arrays; `default` are
+    the settings where the tuning table has none for this `entry` of the arguments.
+    """
 
     function: Callable
     refusal: Callable
     static: tuple[int, ...]
+    default: Streaming
+    entry: Callable = _square
 
 
 FAST = {
-    "quantize_rows": Fast(quantize_hopper.quantize_rows, _of_tokens, (1,)),
-    "quantize_columns": Fast(quantize_hopper.quantize_columns, _of_tokens, (1,)),
-    "quantize_both": Fast(quantize_hopper.quantize_both, _of_tokens, (1, 2)),
+    "quantize_rows": Fast(quantize_hopper.quantize_rows, _of_tokens, (1,), quantize_hopper.ONE_FORM),
+    "quantize_columns": Fast(quantize_hopper.quantize_columns, _of_tokens, (1,), quantize_hopper.ONE_FORM),
+    "quantize_both": Fast(quantize_hopper.quantize_both, _of_tokens, (1, 2), quantize_hopper.BOTH_FORMS),
     "requantize_columns": Fast(
-        quantize_hopper.requantize_columns, lambda tiles, operand: _coarse(operand), (1,)),
-    "quantize_weights": Fast(weights_quantize_hopper.quantize_weights, _of_weights, (1,)),
+        quantize_hopper.requantize_columns, lambda tiles, operand: _coarse(operand), (1,), quantize_hopper.REQUANTIZE),
+    "quantize_weights": Fast(
+        weights_quantize_hopper.quantize_weights, _of_weights, (1,), weights_quantize_hopper.WEIGHTS),
     "norm_quantize": Fast(
-        norm_quantize, lambda x, gain, eps, *operands: _of_tokens(x, *operands), (2, 3, 4)),
-    "swiglu_quantize": Fast(swiglu_quantize_hopper.swiglu_quantize, _of_swiglu, (1, 2)),
+        norm_quantize, lambda x, gain, eps, *operands: _of_tokens(x, *operands), (2, 3, 4), norm_quantize_hopper.NORM,
+        _width),
+    "swiglu_quantize": Fast(
+        swiglu_quantize_hopper.swiglu_quantize, _of_swiglu, (1, 2), swiglu_quantize_hopper.FORWARD),
     "swiglu_backward_quantize": Fast(
-        swiglu_quantize_hopper.swiglu_backward_quantize, _of_swiglu_backward, (3, 4, 5)),
-    "permute_tiles": Fast(permute_hopper.permute_tiles, lambda *arguments: None, ()),
-    "combine_rows": Fast(permute_hopper.combine_rows, lambda rows, *rest: _not_bfloat16(rows), ()),
+        swiglu_quantize_hopper.swiglu_backward_quantize, _of_swiglu_backward, (3, 4, 5),
+        swiglu_quantize_hopper.BACKWARD),
+    "permute_tiles": Fast(
+        permute_hopper.permute_tiles, lambda *arguments: None, (), permute_hopper.PERMUTE, _width),
+    "combine_rows": Fast(
+        permute_hopper.combine_rows, lambda rows, *rest: _not_bfloat16(rows), (), permute_hopper.COMBINE, _width),
 }
+
+
+def with_settings(name: str, kind: str) -> Callable:
+    """A fast form with the settings that the tuning table has for a device of this kind, compiled by itself."""
+    fast = FAST[name]
+
+    def run(*arguments):
+        return fast.function(*arguments, tuned(kind, name, fast.entry(*arguments), fast.default))
+
+    run.__name__ = run.__qualname__ = name
+    return jax.jit(run, static_argnums=fast.static)
 
 
 def hopper_kernels(kind: str, attention: Attention, refuse: Callable[[str], None]) -> Kernels:
     """For a device of this kind. `refuse` is told why something falls back to plain jnp, and may raise."""
-    compiled = lambda fast: jax.jit(fast.function, static_argnums=fast.static)
-    functions = {name: _either(fast.refusal, compiled(fast), getattr(REFERENCE, name), refuse)
-                 for name, fast in FAST.items()}
+    functions = {
+        name: _either(fast.refusal, with_settings(name, kind), getattr(REFERENCE, name), refuse)
+        for name, fast in FAST.items()}
     return REFERENCE._replace(
         products=partial(_products, kind=kind, refuse=refuse), attention=attention, **functions)

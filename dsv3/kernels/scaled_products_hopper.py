@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from dsv3.kernels.scaled import TILE, Blocks, Tiles
 from dsv3.kernels.scaled_dot import Products
 from dsv3.kernels.scaled_dot_hopper import MULTIPROCESSORS, ROWS, Tuning, rows_times_blocks, weight_gradient
-from dsv3.kernels.tuning import tuned
+from dsv3.kernels.tuning import rounded_up, tuned
 
 NARROW, WIDE = Tuning(width=128, stages=6), Tuning(width=192, stages=5)
 WIDE_ADVANTAGE = 1.06
@@ -37,28 +37,42 @@ def default_tuning(m: int, n: int) -> Tuning:
     return min(NARROW, WIDE, key=cost)
 
 
+def dense_entry(m: int, n: int, k: int) -> tuple[int, ...]:
+    """Which entry of the tuning table a product of these sizes has: m rounded up, n, k."""
+    return rounded_up(m), n, k
+
+
+def grouped_entry(m: int, e: int, n: int, k: int) -> tuple[int, ...]:
+    """The same for m rows of e experts, of which all but the padding (`padded_rows`) are shared out evenly.
+
+    The entry names the experts and the rows of each: 8 experts with 33,664 rows in all have (8, 4096, n, k).
+    """
+    return e, rounded_up(max(1, (m - e * (TILE - 1)) // e)), n, k
+
+
 def scaled_dot(a: Tiles, b: Blocks, out_dtype: jnp.dtype, *, kind: str) -> jax.Array:
     (m, k), n = a.values.shape, b.values.shape[0]
-    tuning = tuned(kind, "scaled_dot", (m, n, k), default_tuning(m, n))
+    tuning = tuned(kind, "scaled_dot", dense_entry(m, n, k), default_tuning(m, n))
     return rows_times_blocks(a, b, None, jax.ShapeDtypeStruct((m, n), out_dtype), tuning)
 
 
 def scaled_grouped_dot(a: Tiles, b: Blocks, expert_Z: jax.Array, out_dtype: jnp.dtype, *, kind: str) -> jax.Array:
     (m, k), (e, n, _) = a.values.shape, b.values.shape
-    tuning = tuned(kind, "scaled_grouped_dot", (e, m, n, k), default_tuning(m, n))
+    tuning = tuned(kind, "scaled_grouped_dot", grouped_entry(m, e, n, k), default_tuning(m, n))
     return rows_times_blocks(a, b, expert_Z, jax.ShapeDtypeStruct((m, n), out_dtype), tuning)
 
 
 def scaled_weight_gradient(a: Tiles, b: Tiles, *, kind: str) -> jax.Array:
-    (d, t), f = a.values.shape, b.values.shape[0]
-    return weight_gradient(a, b, None, None, tuned(kind, "scaled_weight_gradient", (d, f, t), NARROW))
+    d, f = a.values.shape[0], b.values.shape[0]
+    # Not t: however many tokens, the tiles are those of d x f.
+    return weight_gradient(a, b, None, None, tuned(kind, "scaled_weight_gradient", (d, f), NARROW))
 
 
 def scaled_grouped_weight_gradient(
     a: Tiles, b: Tiles, start_E: jax.Array, steps_E: jax.Array, *, kind: str,
 ) -> jax.Array:
-    (d, t), f = a.values.shape, b.values.shape[0]
-    tuning = tuned(kind, "scaled_grouped_weight_gradient", (len(start_E), d, f, t), NARROW)
+    d, f = a.values.shape[0], b.values.shape[0]
+    tuning = tuned(kind, "scaled_grouped_weight_gradient", (len(start_E), d, f), NARROW)
     return weight_gradient(a, b, start_E, steps_E, tuning)
 
 

@@ -1,6 +1,7 @@
 """Where the time of a step goes: device events of a profiler trace, summed by kind of operation."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jax.profiler import ProfileData
@@ -57,16 +58,22 @@ def busy_time(intervals: list[tuple[float, float]]) -> float:
     return total
 
 
-def program_events(trace: ProfileData, module: str) -> list[tuple[str, str, float, float]]:
-    """(kernel, instruction, start, end) in nanoseconds of everything that the program `module` ran."""
-    found = []
+def events_by_program(trace: ProfileData) -> dict[str, list[tuple[str, str, float, float]]]:
+    """(kernel, instruction, start, end) in nanoseconds of everything that every program ran, by its module's name."""
+    found: dict[str, list] = {}
     for plane in trace.planes:
         for line in plane.lines:
             for event in line.events:
                 stats = dict(event.stats)
-                if stats.get("hlo_module") == module:
-                    found.append((event.name, str(stats.get("hlo_op", "")), event.start_ns, event.end_ns))
+                if "hlo_module" in stats:
+                    found.setdefault(stats["hlo_module"], []).append(
+                        (event.name, str(stats.get("hlo_op", "")), event.start_ns, event.end_ns))
     return found
+
+
+def program_events(trace: ProfileData, module: str) -> list[tuple[str, str, float, float]]:
+    """`events_by_program` of one program."""
+    return events_by_program(trace).get(module, [])
 
 
 def latest_trace(directory: str) -> ProfileData:
@@ -81,11 +88,12 @@ def module_name(program: str) -> str:
     return re.match(r"HloModule ([\w.\-]+)", program)[1]
 
 
-def busy_seconds(directory: str, module: str) -> float:
-    """Seconds in which anything of the program `module` ran, of the trace under `directory`: no launches, no gaps."""
-    events = program_events(latest_trace(directory), module)
-    assert events, f"no events of {module} under {directory}"
-    return 1e-9 * busy_time([(start, end) for _, _, start, end in events])
+def busy_seconds(directory: str, modules: Sequence[str]) -> list[float]:
+    """Seconds in which anything of each program ran, of the trace under `directory`: no launches, no gaps."""
+    events = events_by_program(latest_trace(directory))
+    missing = [module for module in modules if module not in events]
+    assert not missing, f"no events of {', '.join(missing)} under {directory}"
+    return [1e-9 * busy_time([(start, end) for _, _, start, end in events[module]]) for module in modules]
 
 
 def breakdown(directory: str, program: str, steps: int) -> dict[str, float]:

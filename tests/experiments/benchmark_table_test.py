@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config import UserError
 from experiments import benchmark_grouped, benchmark_table
@@ -18,7 +19,9 @@ from experiments.benchmark_gemm import decode, to_blocks, to_tiles, whole_fours
 from experiments.benchmark_grouped import by_groups, ends, group_sizes, real_rows, weights_by_groups
 from experiments.benchmark_loss import case as loss_case
 from experiments.benchmark_record import command
-from experiments.benchmark_rows import dispatch_cases, quantize_cases
+from experiments.benchmark_rows import FORMS, SHAPES
+from experiments.benchmark_rows import case as rows_case
+from experiments.benchmark_rows import dispatch_cases
 from experiments.benchmark_table import Case, Contestant, bad, distance, means, measure
 
 COPY_RATE = 1e10
@@ -136,13 +139,51 @@ def test_device_seconds_tell_programs_apart():
 
 @pytest.mark.parametrize("cases", [
     lambda: [gemm_case("forward", 64, 212, 384, by_weights=False), gemm_case("w", 256, 128, 384, by_weights=True)],
-    lambda: [*quantize_cases(200, 256), *dispatch_cases("toy", 64, 32, 4)],
+    lambda: [rows_case("rows", (200, 256)), *dispatch_cases("toy", 64, 32, 4)],
     lambda: [loss_case(64, 32, 500, (16, 64))],
 ], ids=["gemm", "quantize", "loss"])
 def test_every_contestant_that_runs_here_is_right(cases):
     for case in cases():
-        row = measure(case, COPY_RATE, False, soak=1)
+        here = {name: one for name, one in case.contestants.items() if name != "Hopper"}
+        row = measure(case._replace(contestants=here), COPY_RATE, False, soak=1)
         assert row["rows"] and bad(case, row) == [] and row["errors"] == {}
+
+
+TOY = {"weights": (1, 128, 256), "permute": (64, 256, 2, 2), "combine": (8, 256, 2, 2), "norm": (128, 512),
+       "combine without weights": (8, 256, 2, 2), "norm, both": (128, 512)}
+
+
+@pytest.mark.parametrize("name", [
+    name if name == "both" else pytest.param(name, marks=pytest.mark.slow) for name in FORMS])
+def test_every_hopper_form_is_right_interpreted(name, monkeypatch):
+    """Through the table's own check; without the clock, which would run an interpreter hundreds of times."""
+    for clock in ("seconds", "device_seconds"):
+        monkeypatch.setattr(benchmark_table, clock, lambda programs: dict.fromkeys(programs, 1.0))
+    case = rows_case(name, TOY.get(name, (128, 256)))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        row = measure(case, COPY_RATE, False, soak=1)
+    assert bad(case, row) == [] and row["errors"] == {} and "Hopper" in row["rows"]
+    assert set(SHAPES) == set(FORMS)
+
+
+def test_where_bits_must_agree_a_neighbouring_code_is_wrong_and_a_nan_is_like_another():
+    other_nan = jax.lax.bitcast_convert_type(jnp.int32(0x7FC00001), jnp.float32)
+    exact = Contestant(lambda x: (x + 1).at[0].set(other_nan), lambda x: (x + 1).at[0].set(jnp.nan), bound=0)
+    above = Contestant(lambda x: exact.run(x).at[5, 5].set(jnp.nextafter(x[5, 5] + 1, 9)), exact.expected, bound=0)
+    case = toy(ours=exact, other=above)
+    row = measure(case, COPY_RATE, False, soak=1)
+    assert bad(case, row) == ["other"] and row["rows"]["ours"]["distance"] == 0
+    assert row["rows"]["other"]["distance"] == pytest.approx(1 / 64 ** 2)
+
+
+def test_a_reference_keeps_the_roundings_that_are_written():
+    """XLA may drop a rounding to bfloat16 that is followed by float32; then amax, and so a scale, would differ."""
+    double = lambda x: (x * 1.001).astype(jnp.bfloat16).astype(jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (64, 64))
+    for bound in (0, 0.01):
+        found = benchmark_table.reference(Contestant(double, double, bound=bound), (x,))
+        rounded = np.asarray(x * np.float32(1.001)).astype(jnp.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(found, rounded)
 
 
 @pytest.mark.parametrize("segments", [False, True])

@@ -1,7 +1,9 @@
 """`benchmark tune` on a toy kernel: the fastest right candidate wins, wrong ones and refused ones never do."""
 
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ import pytest
 from dsv3.config import UserError
 from dsv3.kernels.tuning import tuned
 from experiments import benchmark_tune
-from experiments.benchmark_tune import Timed, Tunable, cross, sweep, tune, write
+from experiments.benchmark_tune import Timed, Tunable, compile_all, cross, sweep, tune, write
 
 
 class Settings(NamedTuple):
@@ -37,6 +39,11 @@ def toy(candidates, shapes=((64, 64),)):
                    lambda shape, seed: (jax.random.normal(jax.random.key(seed), shape),), lambda x: x)
 
 
+def swept(tunable, shape):
+    with ThreadPoolExecutor(2) as pool:
+        return sweep(tunable, shape, compile_all(tunable, shape, pool))
+
+
 def test_the_fastest_right_candidate_wins_and_is_what_the_kernel_then_asks_for(tmp_path, capsys):
     path = tmp_path / "tuning.json"
     path.write_text(json.dumps({"another GPU": {"toy": {"64x64": {"parameters": {"passes": 9}}}}}))
@@ -54,7 +61,7 @@ def test_the_fastest_right_candidate_wins_and_is_what_the_kernel_then_asks_for(t
 
 def test_a_kernel_without_a_right_candidate_is_an_error():
     with pytest.raises(UserError, match="no candidate of toy is right at 64x64"):
-        sweep(toy([Settings(wrong=True)]), (64, 64))
+        swept(toy([Settings(wrong=True)]), (64, 64))
 
 
 def test_finalists_are_ordered_by_their_second_timing(monkeypatch):
@@ -64,7 +71,7 @@ def test_finalists_are_ordered_by_their_second_timing(monkeypatch):
         {"5": 2.5, "4": 2.0, "3": 3.0, "2": 4.0}])
     monkeypatch.setattr(benchmark_tune, "device_seconds", lambda programs: {
         index: seconds for index, seconds in next(passes).items() if index in programs})
-    timed = sweep(toy([Settings(passes=index) for index in range(6)]), (8, 8))
+    timed = swept(toy([Settings(passes=index) for index in range(6)]), (8, 8))
     assert [row.parameters.passes for row in timed] == [4, 5, 3, 2, 1, 0]
 
 
@@ -80,3 +87,41 @@ def test_write_keeps_its_evidence(tmp_path):
     entry = json.loads(path.read_text())["GPU"]["toy"]["4x8"]
     assert entry == {"parameters": {"passes": 3, "wrong": False, "refused": False}, "us": 1.5, "jax": jax.__version__,
                      "date": time.strftime("%Y-%m-%d")}
+
+
+def test_the_next_shape_compiles_while_one_is_measured(tmp_path, monkeypatch):
+    """The second shape's candidate is lowered before the first shape's figures are taken, in another thread."""
+    path, order, lowered = tmp_path / "tuning.json", [], threading.Event()
+    path.write_text("{}")
+    plain = toy([Settings(passes=1)], ((64, 64), (32, 64)))
+
+    def make(shape, settings):
+        function = plain.make(shape, settings)
+
+        def noted(x):
+            if threading.current_thread() is not threading.main_thread():
+                order.append(shape)
+                if shape == (32, 64):
+                    lowered.set()
+            return function(x)
+
+        return noted
+
+    def timed(programs):
+        assert lowered.wait(20)
+        return {name: 1e-6 for name in programs}
+
+    monkeypatch.setattr(benchmark_tune, "device_seconds", timed)
+    tune([plain._replace(make=make)], path, "")
+    assert set(order) == {(64, 64), (32, 64)}
+
+
+def test_one_kernel_without_a_right_candidate_leaves_the_others_their_entries(tmp_path):
+    path = tmp_path / "tuning.json"
+    path.write_text("{}")
+    bad, good = toy([Settings(wrong=True)]), toy([Settings(passes=1)])._replace(kernel="other")
+    with pytest.raises(UserError, match="no candidate of toy is right at 64x64"):
+        tune([bad, good], path, "")
+    assert list(json.loads(path.read_text())[jax.devices()[0].device_kind]) == ["other"]
+    with pytest.raises(UserError, match="--only=7x is in no shape of toy"):
+        tune([bad], path, "7x")

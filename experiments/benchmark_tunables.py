@@ -1,0 +1,212 @@
+"""What `benchmark tune` sweeps: every Hopper kernel of training in 8 bits, with its shapes and candidates.
+
+A shape is spelled as the tuning table's entry for it, which the kernels' own look-ups define (`scaled_products_hopper`,
+`fp8_hopper`); what is measured there is said by the function that draws its inputs.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from dsv3.kernels import fp8_hopper, scaled_dot_hopper
+from dsv3.kernels.fp8_kernels import REFERENCE
+from dsv3.kernels.grouped_dot import block_experts, padded_rows
+from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles, whole
+from dsv3.kernels.scaled_dot_hopper import DEPTH, HALF, MULTIPROCESSORS, ROWS, Tuning
+from dsv3.kernels.scaled_products_hopper import NARROW, WIDE_ADVANTAGE, default_tuning
+from dsv3.kernels.stream_hopper import Streaming
+from experiments.benchmark_gemm import SHAPES
+from experiments.benchmark_grouped import group_sizes
+from experiments.benchmark_rows import FORMS, GATE_UP, ROUTED, TOKENS
+from experiments.benchmark_table import normal
+from experiments.benchmark_tune import Tunable
+
+SHARED_BYTES = 227 * 1024
+"""Of shared memory that a thread block may have on Hopper."""
+GRADIENT_TOKENS = 8192
+WIDTHS = {32: 10, 64: 8, 96: 7, 112: 6, 128: 6, 144: 5, 160: 5, 176: 5, 192: 5}
+"""Columns of a tile, and the most steps in flight that fit for it."""
+NEAR = 2
+"""Widths that are tried beside the usual two, those whose tiles fill rounds of all multiprocessors best; half as many
+for many rows, where all fill them well."""
+EXPERTS = ((8, 4096), (8, 16_384), (32, 256), (256, 128))
+MATRICES = ((4096, 7168), (7168, 2048))
+"""(n, k) of an expert's gate_up and down."""
+
+
+def shared_bytes(tuning: Tuning, out_bytes: int, *, column_scales: bool) -> int:
+    """Shared memory of a product: operands and scales of every step in flight, two pieces of output each, barriers."""
+    step = (ROWS + tuning.width) * DEPTH + 4 * ROWS + 4 * tuning.width * column_scales
+    piece = math.gcd(tuning.width, 64 // out_bytes)
+    return tuning.stages * (step + 2 * 8) + 2 * 2 * HALF * piece * out_bytes + 2 * 8
+
+
+def cost(m: int, n: int, width: int) -> float:
+    """Rounds of all multiprocessors over the tiles of [m, n], in columns: the narrow ones load more for a product."""
+    rounds = -(-(-(-m // ROWS) * -(-n // width)) // MULTIPROCESSORS)
+    return rounds * width * (1 if width >= 160 else WIDE_ADVANTAGE)
+
+
+def product_candidates(m: int, n: int, default: Tuning, out_bytes: int, *, column_scales: bool = False,
+                       pairs: str = "ab") -> list[Tuning]:
+    """The default first; then widths by their cost, the usual two with other bands and pairs; all that fit.
+
+    `pairs`: operands that neighbours may share.
+    """
+    usable = sorted((width for width in WIDTHS if width >= 96 or m <= ROWS), key=partial(cost, m, n))
+    near = NEAR if m <= 4096 else NEAR // 2
+    found = [default, *(Tuning(width, WIDTHS[width], None, 8) for width in dict.fromkeys((*usable[:near], 128, 192)))]
+    if m > ROWS:
+        found += [Tuning(128, 6, None, 16), Tuning(192, 5, None, 16)]
+        found += [Tuning(width, WIDTHS[width], pair, 8) for width in (128, 192) for pair in pairs]
+        found += [Tuning(128, 6, None, 4 if m <= 4096 else 32)]
+    fits = lambda tuning: shared_bytes(tuning, out_bytes, column_scales=column_scales) <= SHARED_BYTES
+    return [tuning for tuning in dict.fromkeys(found) if fits(tuning)]
+
+
+def random_tiles(seed: int, rows: int, columns: int) -> Tiles:
+    """Codes and scales at random: what a product's speed and rounding see of quantised data."""
+    scales = jax.random.uniform(jax.random.key(seed + 100), (columns // TILE, rows), minval=0.5, maxval=1.5)
+    return Tiles(normal(seed, rows, columns, dtype=jnp.float8_e4m3fn), scales)
+
+
+def random_blocks(seed: int, *shape: int) -> Blocks:
+    """The same for matrices, of a stack one after the other: bits of all at once would take eight times their room."""
+    *stack, n, k = shape
+    one = lambda number: normal(seed + 1000 * number, n, k, dtype=jnp.float8_e4m3fn)
+    values = jax.lax.map(one, jnp.arange(math.prod(stack))).reshape(shape)
+    scales = jax.random.uniform(jax.random.key(seed + 100), (*stack, n // TILE, k // TILE), minval=0.5, maxval=1.5)
+    return Blocks(values, scales)
+
+
+def dense_dot(shape: tuple[int, ...], tuning: Tuning):
+    out = jax.ShapeDtypeStruct(shape[:2], jnp.bfloat16)
+    return lambda a, b: scaled_dot_hopper.rows_times_blocks(a, b, None, out, tuning)
+
+
+def grouped_rows(e: int, rows: int) -> int:
+    """What dispatch makes of so many rows an expert."""
+    return padded_rows(e * rows, e, TILE)
+
+
+def grouped_dot(shape: tuple[int, ...], tuning: Tuning):
+    e, rows, n, _ = shape
+    out = jax.ShapeDtypeStruct((grouped_rows(e, rows), n), jnp.bfloat16)
+    return lambda a, b, expert_Z: scaled_dot_hopper.rows_times_blocks(a, b, expert_Z, out, tuning)
+
+
+def grouped_inputs(shape: tuple[int, ...], seed: int) -> tuple[Tiles, Blocks, jax.Array]:
+    """Skewed groups, so that neighbouring blocks are of two experts here and there."""
+    e, rows, n, k = shape
+    m = grouped_rows(e, rows)
+    expert_Z = block_experts(jnp.asarray(group_sizes("skewed", e, e * rows)), m // TILE, TILE)
+    return random_tiles(2 * seed, m, k), random_blocks(2 * seed + 1, e, n, k), expert_Z
+
+
+def grouped_expected(a: Tiles, b: Blocks, expert_Z: jax.Array) -> jax.Array:
+    """One block of rows after the other, each with the decoded matrix of its expert."""
+    numbers_ZMK = decode_tiles(a).reshape(-1, TILE, a.values.shape[1])
+    one = lambda block: block[0] @ decode_blocks(jax.tree.map(lambda x: x[block[1]], b)).T
+    out_ZMN = jax.lax.map(lambda block: one(block).astype(jnp.bfloat16), (numbers_ZMK, expert_Z))
+    return out_ZMN.reshape(-1, out_ZMN.shape[2])
+
+
+def dense_gradient(shape: tuple[int, ...], tuning: Tuning):
+    return lambda a, b: scaled_dot_hopper.weight_gradient(a, b, None, None, tuning)
+
+
+def grouped_gradient(shape: tuple[int, ...], tuning: Tuning):
+    return lambda a, b, start_E, steps_E: scaled_dot_hopper.weight_gradient(a, b, start_E, steps_E, tuning)
+
+
+def gradient_inputs(shape: tuple[int, ...], seed: int) -> tuple[Tiles, Tiles]:
+    d, f = shape
+    return random_tiles(2 * seed, d, GRADIENT_TOKENS), random_tiles(2 * seed + 1, f, GRADIENT_TOKENS)
+
+
+def grouped_gradient_inputs(shape: tuple[int, ...], seed: int) -> tuple[Tiles, Tiles, jax.Array, jax.Array]:
+    """Even groups of 32,768 rows in all, without padding between them."""
+    e, d, f = shape
+    rows = 32_768 // e
+    return (random_tiles(2 * seed, d, 32_768), random_tiles(2 * seed + 1, f, 32_768),
+            rows * jnp.arange(e, dtype=jnp.int32), jnp.full(e, rows // TILE, jnp.int32))
+
+
+def grouped_gradient_expected(a: Tiles, b: Tiles, start_E: jax.Array, steps_E: jax.Array) -> jax.Array:
+    by_expert = lambda x: decode_tiles(x).reshape(x.values.shape[0], len(start_E), -1).swapaxes(0, 1)
+    return jax.lax.map(lambda pair: pair[0] @ pair[1].T, (by_expert(a), by_expert(b)))
+
+
+def gradient_candidates(e: int, d: int, f: int) -> list[Tuning]:
+    return product_candidates(e * d, f, NARROW, 4, column_scales=True)
+
+
+def both_ways(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(n, k) forward and by rows, in whole tiles."""
+    return list(dict.fromkeys(pair for n, k in shapes for pair in ((whole(n), whole(k)), (whole(k), whole(n)))))
+
+
+PRODUCTS = (
+    Tunable(
+        "scaled_dot", tuple((m, *pair) for m in (4096, 8192, 16_384, 128) for pair in both_ways(SHAPES)),
+        lambda shape: product_candidates(shape[0], shape[1], default_tuning(*shape[:2]), 2), dense_dot,
+        lambda shape, seed: (random_tiles(2 * seed, shape[0], shape[2]), random_blocks(2 * seed + 1, *shape[1:])),
+        lambda a, b: decode_tiles(a) @ decode_blocks(b).T),
+    Tunable(
+        "scaled_grouped_dot", tuple((*experts, *pair) for experts in EXPERTS for pair in both_ways(MATRICES)),
+        lambda shape: product_candidates(
+            grouped_rows(*shape[:2]), shape[2], default_tuning(grouped_rows(*shape[:2]), shape[2]), 2, pairs="a"),
+        grouped_dot, grouped_inputs, grouped_expected),
+    Tunable(
+        "scaled_weight_gradient", tuple((whole(k), whole(n)) for n, k in SHAPES),
+        lambda shape: gradient_candidates(1, *shape), dense_gradient, gradient_inputs,
+        lambda a, b: decode_tiles(a) @ decode_tiles(b).T),
+    Tunable(
+        "scaled_grouped_weight_gradient", tuple((e, k, n) for e in (8, 32) for n, k in MATRICES),
+        lambda shape: gradient_candidates(*shape), grouped_gradient, grouped_gradient_inputs,
+        grouped_gradient_expected),
+)
+
+ONE_FORM = ((1, 2, 1), (1, 3, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (3, 2, 2), (1, 2, 2), (4, 1, 2), (2, 1, 2))
+TWO_FORMS = ((1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (3, 1, 1), (2, 1, 2), (3, 1, 2), (4, 1, 2))
+SQUARE = ((TILE, TILE),)
+STREAMS = {
+    "rows": (SQUARE, TOKENS[1], ONE_FORM), "columns": (SQUARE, TOKENS[1], ONE_FORM),
+    "both": (SQUARE, TOKENS[1], TWO_FORMS),
+    "requantise": (SQUARE, TOKENS[1], (
+        (1, 2, 1), (1, 3, 1), (2, 2, 1), (1, 2, 2), (1, 3, 2), (2, 2, 2), (3, 2, 2), (4, 1, 2))),
+    "weights": (SQUARE, (8, 7168, 4096), ((1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 1, 2))),
+    "norm": (((7168,), (1536,), (512,)), TOKENS[1][:1], (
+        (2, 1, 4), (1, 1, 4), (2, 1, 2), (4, 1, 2), (1, 2, 2), (2, 2, 1), (1, 3, 1), (2, 2, 2), (1, 4, 1))),
+    "swiglu": (SQUARE, GATE_UP, ((1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2))),
+    "swiglu backward": (SQUARE, GATE_UP, ((1, 1, 1), (1, 1, 2))),
+    "permute": (((7168,),), ROUTED, (
+        (1, 4, 4), (2, 2, 4), (3, 2, 4), (6, 1, 4), (2, 4, 2), (2, 3, 4), (3, 4, 2), (2, 2, 8))),
+    "combine": (((7168,),), ROUTED, (
+        (2, 2, 1024), (2, 4, 1024), (3, 4, 1024), (4, 3, 1024), (3, 2, 1024), (2, 2, 2048), (2, 1, 3584),
+        (4, 4, 512), (6, 4, 512), (2, 6, 1024))),
+}
+"""Of `FORMS`: entries of the table, the shape that is measured (of norms its rows), and (stages, blocks, split)."""
+
+
+def stream(name: str) -> Tunable:
+    """A memory-bound kernel."""
+    form, (entries, measured, settings) = FORMS[name], STREAMS[name]
+    fast = fp8_hopper.FAST[form.function]
+
+    def make(entry: tuple[int, ...], streaming: Streaming):
+        return partial(form.call, lambda *arguments: fast.function(*arguments, streaming))
+
+    def inputs(entry: tuple[int, ...], seed: int) -> tuple:
+        return form.inputs(seed, *measured, *(entry if name == "norm" else ()))
+
+    candidates = list(dict.fromkeys([fast.default, *(Streaming(*setting) for setting in settings)]))
+    return Tunable(form.function, entries, lambda entry: candidates, make, inputs,
+                   partial(form.call, getattr(REFERENCE, form.function)))
+
+
+TUNABLES: tuple[Tunable, ...] = (*PRODUCTS, *map(stream, STREAMS))
+"""Every kernel that `tune` knows."""
