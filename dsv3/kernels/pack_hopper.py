@@ -30,6 +30,8 @@ from dsv3.kernels.tile_hopper import (
     PER_COLUMN,
     PER_ROW,
     ROWS,
+    SHORT,
+    SHORT_ROWS,
     TILE,
     along_columns,
     along_rows,
@@ -72,14 +74,14 @@ def quantize_and_pack(
 
     def work(step, pieces, staged, outputs):
         reuse()
-        for start in range(0, per_part, ROWS):
-            some = pl.ds(step.group * per_part + start, ROWS)
-            load = lambda: plgpu.load(pieces[0].at[some], layout=MATRIX)
+        for start in range(0, per_part, SHORT_ROWS):
+            some = pl.ds(step.group * per_part + start, SHORT_ROWS)
+            load = lambda: plgpu.load(pieces[0].at[some], layout=SHORT)
             x = load()
             amax_R = amax_of(x)
             scaled, staged[1][some] = over_scale(x, amax_R, rows)
             staged[0][some] = encode(scaled, rows)
-            scaled, staged[2][some] = over_scale(load(), amax_R, kept)  # again, as registers are scarcer
+            scaled, staged[2][some] = over_scale(x, amax_R, kept)
             staged[3][some], staged[4][some] = pack(encode_e5m6(scaled))
         plgpu.commit_smem()
         copy_square(step.group, split, step.i, step.j, staged[:2], outputs[:2])
@@ -91,7 +93,7 @@ def quantize_and_pack(
     out = stream(
         work, (padded(x_MK, 8, HALF),), out_types(form, m, k) + [
             jax.ShapeDtypeStruct((m, k + k // 2), jnp.uint8), jax.ShapeDtypeStruct((k // TILE, m), jnp.float32)],
-        tiles=(m // TILE, k // TILE), pieces=[Piece((TILE, TILE), x_MK.dtype)],
+        tiles=(m // TILE, k // TILE), pieces=[Piece((TILE, TILE), x_MK.dtype, swizzle=HALF)],
         source=lambda i, j, x_ref: [square_of(x_ref, i, j)],
         staging=staging(form) + [Piece((TILE,), jnp.float32), *PLANES], warpgroups=split, settings=settings)
     return Tiles(*out[:2]), Tiles(*out[2:])
