@@ -76,8 +76,7 @@ def quantize_and_pack(
         reuse()
         for start in range(0, per_part, SHORT_ROWS):
             some = pl.ds(step.group * per_part + start, SHORT_ROWS)
-            load = lambda: plgpu.load(pieces[0].at[some], layout=SHORT)
-            x = load()
+            x = plgpu.load(pieces[0].at[some], layout=SHORT)
             amax_R = amax_of(x)
             scaled, staged[1][some] = over_scale(x, amax_R, rows)
             staged[0][some] = encode(scaled, rows)
