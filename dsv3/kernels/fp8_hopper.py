@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from dsv3.config import Operand
 from dsv3.kernels import (
     norm_quantize_hopper,
+    pack_hopper,
     permute_hopper,
     quantize_hopper,
     scaled_dot,
@@ -44,6 +45,10 @@ def _narrow(width: int, multiple: int) -> str | None:
 
 def _of_tokens(x: jax.Array, *operands: Operand | None) -> str | None:
     return _not_bfloat16(x) or _coarse(*operands)
+
+
+def _of_waiting(packed: Tiles, kept: Operand, columns: Operand, dtype: jnp.dtype) -> str | None:
+    return _not_bfloat16(jax.ShapeDtypeStruct((), dtype)) or _coarse(columns)
 
 
 def _of_weights(w: jax.Array, operand: Operand) -> str | None:
@@ -123,6 +128,8 @@ FAST = {
     "quantize_both": Fast(quantize_hopper.quantize_both, _of_tokens, (1, 2), quantize_hopper.BOTH_FORMS),
     "requantize_columns": Fast(
         quantize_hopper.requantize_columns, lambda tiles, operand: _coarse(operand), (1,), quantize_hopper.REQUANTIZE),
+    "quantize_and_pack": Fast(pack_hopper.quantize_and_pack, _of_tokens, (1, 2), pack_hopper.PACK),
+    "unpack_both": Fast(pack_hopper.unpack_both, _of_waiting, (1, 2, 3), pack_hopper.UNPACK),
     "quantize_weights": Fast(
         weights_quantize_hopper.quantize_weights, _of_weights, (1,), weights_quantize_hopper.WEIGHTS),
     "norm_quantize": Fast(

@@ -18,6 +18,8 @@ class Kernels(NamedTuple):
     quantize_columns: Callable
     quantize_both: Callable
     requantize_columns: Callable
+    quantize_and_pack: Callable
+    unpack_both: Callable
     quantize_weights: Callable
     norm_quantize: Callable
     swiglu_quantize: Callable
@@ -33,6 +35,8 @@ REFERENCE = Kernels(
     quantize_columns=quantize.quantize_columns,
     quantize_both=quantize.quantize_both,
     requantize_columns=quantize.requantize_columns,
+    quantize_and_pack=quantize.quantize_and_pack,
+    unpack_both=quantize.unpack_both,
     quantize_weights=quantize.quantize_weights,
     norm_quantize=quantize.norm_quantize,
     swiglu_quantize=swiglu_quantize.swiglu_quantize,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dsv3.config import Operand
 from dsv3.kernels.norm import rms_norm
-from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_tiles, whole
+from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_tiles, pack_tiles, unpack_tiles, whole
 from dsv3.quant.formats import decode, format_of
 from dsv3.quant.tiles import ALONG_COLUMNS, ALONG_ROWS, BLOCK, TENSOR, Quantized, quantize
 
@@ -61,6 +61,17 @@ def quantize_both(x_MK: jax.Array, rows: Operand, columns: Operand) -> tuple[Til
 def requantize_columns(tiles_MK: Tiles, operand: Operand) -> Tiles:
     """[K', M'] from rows in 8 bits: decode, transpose, quantise along tokens (report section 3.5.2)."""
     return quantize_columns(decode_tiles(tiles_MK), operand)
+
+
+def quantize_and_pack(x_MK: jax.Array, rows: Operand, kept: Operand) -> tuple[Tiles, Tiles]:
+    """`quantize_rows` for a product, and as they wait for the backward pass (`pack_tiles`)."""
+    return quantize_rows(x_MK, rows), pack_tiles(quantize_rows(x_MK, kept), kept)
+
+
+def unpack_both(packed: Tiles, kept: Operand, columns: Operand, dtype: jnp.dtype) -> tuple[jax.Array, Tiles]:
+    """What `quantize_and_pack` kept, decoded to `dtype` [M', K'], and its `requantize_columns` [K', M']."""
+    tiles = unpack_tiles(packed, kept)
+    return decode_tiles(tiles).astype(dtype), requantize_columns(tiles, columns)
 
 
 def quantize_weights(w: jax.Array, operand: Operand) -> tuple[Blocks, Blocks]:

@@ -34,20 +34,27 @@ class Linear(NamedTuple):
         return self.kernels.products(self.rule.interval, self.rule.accumulator)
 
 
+def named(waiting: Tiles, site: str) -> Tiles:
+    """What waits for the backward pass, under the name by which a recomputation policy may keep it."""
+    return checkpoint_name(waiting, f"{site}.input")
+
+
 def wait(tiles: Tiles, operand: Operand, site: str) -> Tiles:
-    """`tiles` as they wait for the backward pass, under the name by which a recomputation policy may keep them."""
-    return checkpoint_name(pack_tiles(tiles, operand), f"{site}.input")
+    """`tiles` as they wait for the backward pass."""
+    return named(pack_tiles(tiles, operand), site)
 
 
 def quantize_input(x_MK: jax.Array, linear: Linear) -> tuple[Tiles, Tiles]:
     """What the forward product reads, and what waits for the weight gradient."""
     rule, kernels = linear.rule, linear.kernels
     if rule.kept is None:
-        rows, waiting = kernels.quantize_both(x_MK, rule.fprop_x, rule.wgrad_x)
-    else:
+        rows, columns = kernels.quantize_both(x_MK, rule.fprop_x, rule.wgrad_x)
+        return rows, wait(columns, rule.wgrad_x, linear.site)
+    if rule.kept == rule.fprop_x:
         rows = kernels.quantize_rows(x_MK, rule.fprop_x)
-        waiting = rows if rule.kept == rule.fprop_x else kernels.quantize_rows(x_MK, rule.kept)
-    return rows, wait(waiting, rule.kept or rule.wgrad_x, linear.site)
+        return rows, wait(rows, rule.kept, linear.site)
+    rows, packed = kernels.quantize_and_pack(x_MK, rule.fprop_x, rule.kept)
+    return rows, named(packed, linear.site)
 
 
 def wgrad_input(waiting: Tiles, linear: Linear) -> Tiles:

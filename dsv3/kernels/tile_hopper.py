@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config.quant import Operand
-from dsv3.quant.formats import format_of
+from dsv3.quant.formats import E5M6, format_of
 from dsv3.quant.tiles import SMALLEST_AMAX
 
 TILE = 128
@@ -60,20 +60,41 @@ def encode(x: jax.Array, operand: Operand) -> jax.Array:
     """float32 in the operand's format: rounded to nearest even, saturated; NaN stays NaN."""
     if operand.format != "e5m6":
         return x.astype(dtype_of(operand))
-    fmt = format_of(operand.format)
+    return decode_e5m6(encode_e5m6(x)).astype(jnp.bfloat16)
+
+
+def encode_e5m6(x: jax.Array) -> jax.Array:
+    """float32 as codes of 12 bits, int32: `dsv3.quant.formats.encode` before packing. Infinity saturates."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    magnitude = jnp.minimum(jnp.abs(x), np.float32(fmt.largest))
+    magnitude = jnp.minimum(jnp.abs(x), np.float32(E5M6.largest))
     # Round half of the last bit up, less one where that bit is even; a carry runs into the exponent, as it must.
-    drop, whole = 23 - fmt.mantissa_bits, lax.bitcast_convert_type(magnitude, jnp.int32)
+    drop, whole = 23 - E5M6.mantissa_bits, lax.bitcast_convert_type(magnitude, jnp.int32)
     odd = lax.shift_right_logical(whole, jnp.full_like(whole, drop)) & 1
-    normal = whole + ((1 << drop - 1) - 1) + odd & -(1 << drop)
+    rounded = lax.shift_right_logical(whole + ((1 << drop - 1) - 1) + odd, jnp.full_like(whole, drop))
+    normal = rounded - (126 + E5M6.smallest_exponent << E5M6.mantissa_bits)
     # A sum whose last bit is the smallest subnormal is rounded to that; its bits then count them.
-    smallest = 2.0 ** (fmt.smallest_exponent - fmt.mantissa_bits)
-    large = np.float32(2.0 ** 23 * smallest)
-    count = lax.bitcast_convert_type(magnitude + large, jnp.int32) - int(large.view(np.int32))
-    subnormal = lax.bitcast_convert_type(count.astype(jnp.float32) * np.float32(smallest), jnp.int32)
-    rounded = jnp.where(magnitude < np.float32(2.0 ** fmt.smallest_exponent), subnormal, normal) | bits & -(1 << 31)
-    return jnp.where(x != x, x, lax.bitcast_convert_type(rounded, jnp.float32)).astype(jnp.bfloat16)
+    large = np.float32(2.0 ** (23 + E5M6.smallest_exponent - E5M6.mantissa_bits))
+    subnormal = lax.bitcast_convert_type(magnitude + large, jnp.int32) - int(large.view(np.int32))
+    code = jnp.where(magnitude < np.float32(2.0 ** E5M6.smallest_exponent), subnormal, normal)
+    sign = lax.shift_right_logical(bits, jnp.full_like(bits, 20)) & 0x800
+    return jnp.where(x != x, 0x7E0, code | sign)
+
+
+def decode_e5m6(codes: jax.Array) -> jax.Array:
+    """float32 of codes of 12 bits, which are the upper bits of a half."""
+    return lax.bitcast_convert_type((codes << 4).astype(jnp.int16), jnp.float16).astype(jnp.float32)
+
+
+def pack(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`dsv3.quant.formats.pack` of codes [rows, 128]: low bytes [rows, 128] and high halves [rows, 64], uint8."""
+    first, second = codes[:, :TILE // 2], codes[:, TILE // 2:]
+    return (codes & 0xFF).astype(jnp.uint8), (first >> 8 | second >> 8 << 4).astype(jnp.uint8)
+
+
+def unpack(low: jax.Array, high: jax.Array) -> jax.Array:
+    """The inverse of `pack`, int32."""
+    high = high.astype(jnp.int32)
+    return low.astype(jnp.int32) | jnp.concatenate([high & 0xF, high >> 4], axis=1) << 8
 
 
 def along_rows(x_R: jax.Array, like: jax.Array) -> jax.Array:
@@ -95,7 +116,13 @@ def amax_of(x: jax.Array, axis: int = 1) -> jax.Array:
     return lax.bitcast_convert_type(jnp.max(magnitudes, axis=axis), jnp.float32)
 
 
+def over_scale(x: jax.Array, amax_R: jax.Array, operand: Operand) -> tuple[jax.Array, jax.Array]:
+    """x [rows, 128] in float32 over the scale of its row, and the scales, from the largest magnitude of every row."""
+    scale_R = scale_of(amax_R, operand)
+    return x.astype(jnp.float32) * along_rows(reciprocal(scale_R), x), scale_R
+
+
 def quantize_piece(x: jax.Array, operand: Operand) -> tuple[jax.Array, jax.Array]:
     """Values and scales of x [rows, 128]: every row is one tile."""
-    scale_R = scale_of(amax_of(x), operand)
-    return encode(x.astype(jnp.float32) * along_rows(reciprocal(scale_R), x), operand), scale_R
+    scaled, scale_R = over_scale(x, amax_of(x), operand)
+    return encode(scaled, operand), scale_R

@@ -26,7 +26,7 @@ from dsv3.kernels.quantized_dot import (
     quantized_dot,
     wgrad_input,
 )
-from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_tiles, unpack_tiles, whole
+from dsv3.kernels.scaled import TILE, Blocks, Tiles, whole
 from dsv3.kernels.swiglu import swiglu
 from dsv3.model import fp8_feed_forward
 from dsv3.model.ops import ExpertWeights, Ops, reference_ops
@@ -162,9 +162,13 @@ def _attention_dot_backward(scale, place, residuals, d_y_BTD):
     d_y_MN = d_y_BTD.reshape(-1, d_y_BTD.shape[-1])
     shape, n_in = heads.v_BTHU.shape, heads.v_BTHU.shape[2] * heads.v_BTHU.shape[3]
     if o_MK is None:
-        o_MK = decode_tiles(unpack_tiles(waiting, place.rule.kept))[:len(d_y_MN), :n_in].astype(heads.v_BTHU.dtype)
+        o_MK, columns = place.kernels.unpack_both(
+            waiting, place.rule.kept, place.rule.wgrad_x, heads.v_BTHU.dtype)
+        o_MK = o_MK[:len(d_y_MN), :n_in]
+    else:
+        columns = wgrad_input(waiting, place)
     d_o_MK, d_y_columns = input_gradient(d_y_MN, dgrad_w, place)
-    d_w = place.products.weight_gradient(wgrad_input(waiting, place), d_y_columns)[:n_in, :d_y_MN.shape[1]]
+    d_w = place.products.weight_gradient(columns, d_y_columns)[:n_in, :d_y_MN.shape[1]]
     with jax.named_scope("attention"):
         d_heads = place.kernels.attention.backward(
             heads, scale, segment_ids_BT, o_MK.reshape(shape), kept, d_o_MK[:, :n_in].reshape(shape))

@@ -48,6 +48,9 @@ E5M6 = Format("e5m6", 5, 6, 65024.0, True, None)
 
 FORMATS = {fmt.name: fmt for fmt in (E4M3, E5M2, E5M6)}
 
+RUN = 128
+"""Elements whose high halves are packed together: those of a tile."""
+
 
 def format_of(name: str) -> Format:
     """The format called `name`. Raises `UserError` for an unknown one."""
@@ -84,18 +87,37 @@ def decode(stored: jax.Array, fmt: Format, elements: int) -> jax.Array:
 
 
 def pack(codes: jax.Array) -> jax.Array:
-    """12-bit codes, uint16 [..., n], as uint8 [..., 3 ceil(n / 2)]: low byte, two high halves, low byte."""
-    odd = codes.shape[-1] % 2
-    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, odd)])
-    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
-    first, second = pairs[..., 0], pairs[..., 1]
-    packed = jnp.stack([first & 0xFF, first >> 8 | (second >> 8) << 4, second & 0xFF], axis=-1)
-    return packed.astype(jnp.uint8).reshape(*codes.shape[:-1], -1)
+    """12-bit codes, uint16 [..., n], as uint8 [..., 3 ceil(n / 2)]: the n low bytes, then the high halves of pairs.
+
+    In a run of 128, element i < 64 shares a byte with element i + 64, which has its upper half; in a last, shorter run,
+    i with i + half its length. So the elements of a byte are as far from each other as two registers of a thread that
+    holds a matrix for the tensor core: a kernel packs without a word between threads. An odd n is padded by one.
+    """
+    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
+    first, second = _paired(codes >> 8)
+    return jnp.concatenate([codes & 0xFF, first | second << 4], axis=-1).astype(jnp.uint8)
 
 
 def unpack(packed: jax.Array, elements: int) -> jax.Array:
     """The first `elements` codes of `pack`, uint16 [..., elements]."""
-    triples = packed.astype(jnp.uint16).reshape(*packed.shape[:-1], -1, 3)
-    low, middle, high = triples[..., 0], triples[..., 1], triples[..., 2]
-    pairs = jnp.stack([low | (middle & 0xF) << 8, high | (middle >> 4) << 8], axis=-1)
-    return pairs.reshape(*packed.shape[:-1], -1)[..., :elements]
+    low, high = jnp.split(packed.astype(jnp.uint16), [elements + elements % 2], axis=-1)
+    return (low | _joined(high & 0xF, high >> 4) << 8)[..., :elements]
+
+
+def _paired(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [..., n], n even, as the first and the second of every pair, [..., n / 2] each."""
+    *lead, n = x.shape
+    whole = n - n % RUN
+    runs = x[..., :whole].reshape(*lead, whole // RUN, 2, RUN // 2)
+    rest = x[..., whole:].reshape(*lead, 2, (n - whole) // 2)
+    return tuple(jnp.concatenate([runs[..., half, :].reshape(*lead, whole // 2), rest[..., half, :]], axis=-1)
+                 for half in range(2))
+
+
+def _joined(first: jax.Array, second: jax.Array) -> jax.Array:
+    """The inverse of `_paired`."""
+    *lead, n = first.shape
+    whole = n - n % (RUN // 2)
+    runs = [x[..., :whole].reshape(*lead, 2 * whole // RUN, RUN // 2) for x in (first, second)]
+    return jnp.concatenate([jnp.stack(runs, axis=-2).reshape(*lead, 2 * whole), first[..., whole:],
+                            second[..., whole:]], axis=-1)

@@ -88,6 +88,23 @@ def test_norm_and_two_sites():
     assert_equivalent(run, x, gain, a, b, d_a, d_b)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fp8", "fp8_without_e5m6"])
+def test_attention_and_the_projection_after_it(name):
+    """The output of attention waits for both, in 12 bits and in 8."""
+    rng = np.random.default_rng(3)
+    heads = [jnp.asarray(rng.standard_normal((1, 72, 3, n)), jnp.bfloat16) for n in (32, 16, 32, 16, 64)]
+    heads[3] = heads[3][:, :, 0]
+    w, d_y = jnp.asarray(rng.standard_normal((192, 320)), jnp.float32), rng.standard_normal((1, 72, 320))
+
+    def run(kernels, w, d_y, *heads):
+        ops = fp8_ops(resolve(name), kernels)
+        attend = lambda w, *heads: ops.attention_linear("attn.o", *heads, w, scale=0.1, segment_ids_BT=None)
+        return value_and_gradients(attend, d_y, w, *heads)
+
+    assert_equivalent(run, w, jnp.asarray(d_y, jnp.bfloat16), *heads)
+
+
 def test_every_function_has_a_fast_form():
     """A new member of the bundle that nobody made fast would fall back in silence."""
     assert FAST.keys() | {"products", "attention"} == set(REFERENCE._fields)
@@ -126,3 +143,13 @@ def test_a_refusal_may_raise():
 
     with pytest.raises(UserError, match="float32: they must be bfloat16"):
         hopper_kernels(KIND, ATTENTION, refuse).quantize_rows(jnp.ones((8, 8)), resolve("fp8").default.fprop_x)
+
+
+def test_what_waited_for_a_float32_model_is_unpacked_by_the_reference():
+    rule, reasons = resolve("fp8").rule_of("attn.o"), []
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((128, 128)), jnp.float32)
+    packed = REFERENCE.quantize_and_pack(x, rule.fprop_x, rule.kept)[1]
+    kernels = hopper_kernels(KIND, ATTENTION, reasons.append)
+    decoded, _ = kernels.unpack_both(packed, rule.kept, rule.wgrad_x, jnp.float32)
+    assert len(reasons) == 1 and "float32" in reasons[0]
+    assert decoded.dtype == jnp.float32 and 0 < distance(decoded, x) < 2.0 ** -7

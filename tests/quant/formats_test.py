@@ -107,12 +107,23 @@ def test_bad_numbers_stay_bad(fmt):
     np.testing.assert_array_equal(decoded[2:], [np.inf, -np.inf] if fmt.infinities else [np.nan, np.nan])
 
 
-@pytest.mark.parametrize("elements", [0, 1, 2, 7, 128])
+@pytest.mark.parametrize("elements", [0, 1, 2, 7, 126, 127, 128, 129, 256, 333])
 def test_packing_takes_a_byte_and_a_half_and_loses_nothing(elements):
     codes = jnp.asarray(np.random.default_rng(elements).integers(0, 4096, (3, elements)), jnp.uint16)
     packed = pack(codes)
     assert packed.dtype == jnp.uint8 and packed.shape == (3, E5M6.bytes_of(elements))
     np.testing.assert_array_equal(unpack(packed, elements), codes)
+
+
+@pytest.mark.parametrize("elements, pairs", [
+    (6, [(0, 3), (1, 4), (2, 5)]), (130, [(0, 64), (63, 127), (128, 129)]), (256, [(0, 64), (128, 192), (191, 255)])])
+def test_high_halves_of_a_run_share_bytes_behind_all_low_bytes(elements, pairs):
+    codes = np.random.default_rng(elements).integers(0, 4096, elements)
+    packed = np.asarray(pack(jnp.asarray(codes, jnp.uint16)))
+    np.testing.assert_array_equal(packed[:elements], codes & 0xFF)
+    for first, second in pairs:
+        byte = elements + first - first // 128 * 64
+        assert packed[byte] == (codes[first] >> 8) + 16 * (codes[second] >> 8)
 
 
 def test_jitted_is_the_same_and_an_unknown_format_is_named():
