@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dsv3.config import Operand
 from dsv3.kernels import (
+    norm_hopper,
     norm_quantize_hopper,
     permute_hopper,
     quantize_hopper,
@@ -106,6 +107,8 @@ FAST = {
     "requantize_columns": Fast(
         quantize_hopper.requantize_columns, lambda tiles, operand: _coarse(operand), (1,)),
     "quantize_weights": Fast(weights_quantize_hopper.quantize_weights, _of_weights, (1,)),
+    "norm": Fast(
+        norm_hopper.rms_norm_hopper, lambda x, gain, eps: norm_hopper.refusal(x.shape[-1], x.dtype), (2,)),
     "norm_quantize": Fast(
         norm_quantize, lambda x, gain, eps, *operands: _of_tokens(x, *operands), (2, 3, 4)),
     "swiglu_quantize": Fast(swiglu_quantize_hopper.swiglu_quantize, _of_swiglu, (1, 2)),

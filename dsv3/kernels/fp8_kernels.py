@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from dsv3.kernels import permute, quantize, scaled_dot, swiglu_quantize
 from dsv3.kernels.attention import ATTENTION, Attention
+from dsv3.kernels.norm import rms_norm
 from dsv3.kernels.scaled_dot import Products
 
 
@@ -19,6 +20,7 @@ class Kernels(NamedTuple):
     quantize_both: Callable
     requantize_columns: Callable
     quantize_weights: Callable
+    norm: Callable
     norm_quantize: Callable
     swiglu_quantize: Callable
     swiglu_backward_quantize: Callable
@@ -34,6 +36,7 @@ REFERENCE = Kernels(
     quantize_both=quantize.quantize_both,
     requantize_columns=quantize.requantize_columns,
     quantize_weights=quantize.quantize_weights,
+    norm=rms_norm,
     norm_quantize=quantize.norm_quantize,
     swiglu_quantize=swiglu_quantize.swiglu_quantize,
     swiglu_backward_quantize=swiglu_quantize.swiglu_backward_quantize,
