@@ -149,7 +149,8 @@ def _forward(x_MK, gain_K, eps, settings):
 def _backward(x_MK, gain_K, d_out_MK, eps, settings):
     (m, k), rows = x_MK.shape, rows_of(x_MK.shape[1])
     # Rows of ones with no gradient add nothing, whatever eps is.
-    x_SPK, d_out_SPK, (gain, gain_piece) = _steps(x_MK, rows, 1), _steps(d_out_MK, rows, 0), _gain_argument(gain_K, rows)
+    x_SPK, d_out_SPK = _steps(x_MK, rows, 1), _steps(d_out_MK, rows, 0)
+    gain, gain_piece = _gain_argument(gain_K, rows)
 
     def work(step, pieces, staged, outputs):
         x_ref, d_ref, out, *scratch = *pieces, *staged

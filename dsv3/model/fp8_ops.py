@@ -49,7 +49,8 @@ def fp8_ops(quant: QuantConfig, kernels: Kernels = REFERENCE, base: Ops | None =
     recipe = Recipe(quant, kernels, base or reference_ops())
     functions = {"linear": linear, "norm_linear": norm_linear, "attention_linear": attention_linear, "mlp": mlp,
                  "moe": moe}
-    return Ops(norm=recipe.base.norm, loss=recipe.base.loss, **{name: partial(function, recipe) for name, function in functions.items()})
+    return Ops(norm=recipe.base.norm, loss=recipe.base.loss,
+               **{name: partial(function, recipe) for name, function in functions.items()})
 
 
 def linear(recipe: Recipe, site: str, x: jax.Array, w: jax.Array) -> jax.Array:

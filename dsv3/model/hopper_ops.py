@@ -1,5 +1,4 @@
-"""The bundle of operations for one Hopper GPU in bfloat16: cuDNN attention, grouped products on tensor cores, RMSNorm in
-one read."""
+"""The bundle of operations for one Hopper GPU in bfloat16: kernels for attention, grouped products and RMSNorm."""
 
 from functools import partial
 
