@@ -4,8 +4,8 @@ Without a word, step time, compile time and program size of small fixed shapes, 
 rewrites them). `step` measures one training step of a config (`--config=FILE`, `--config.FIELD=VALUE`,
 `--profile=DIR`). `slice` measures four layers of V3 at full width with the work of one expert-parallel rank.
 
+`gemm`, `grouped`, `quantize`, `norm`, `attention` and `loss` check kernels against float32 references and time them
 beside XLA's and, with `--peers`, torch's. `tune` sweeps kernels' parameters into dsv3/kernels/tuning.json.
-XLA's and, with `--peers`, torch's. `tune` sweeps kernels' parameters into dsv3/kernels/tuning.json.
 
 `import` generates a checkpoint of `--gigabytes` in `--scratch` and measures the peak memory and the speed of importing
 it. `render` makes the tables of docs/benchmarks.md from docs/benchmarks/*.json, which the others write with
