@@ -19,13 +19,13 @@ from dsv3.kernels.tile_hopper import TILE, along_columns, along_rows
 
 FORWARD = Streaming(stages=2, blocks=2, split=1)
 BACKWARD = Streaming(stages=2, blocks=2, split=1)
-"""Untried on a card. A thread block is one warpgroup."""
+"""Not tuned. A thread block is one warpgroup."""
 WARPS, LANES = 4, 32
 WIDEST = 8192
 """64 elements of every array in a thread."""
 STEP = 8192
-"""Elements that one step takes at least, unless rows are so short that it would be more than `MOST_GROUPS` groups."""
 MOST_GROUPS = 8
+"""Elements that one step takes at most, and groups of them, each of which is code of its own."""
 EVERYWHERE = plgpu.Layout.TILED(
     plgpu.Tiling(((WARPS,),)), warp_dims=(plgpu.Replicated(WARPS),), lane_dims=(plgpu.Replicated(LANES),),
     vector_dim=-1)
