@@ -4,8 +4,8 @@ Without a word, step time, compile time and program size of small fixed shapes, 
 rewrites them). `step` measures one training step of a config (`--config=FILE`, `--config.FIELD=VALUE`,
 `--profile=DIR`). `slice` measures four layers of V3 at full width with the work of one expert-parallel rank.
 
-`gemm`, `grouped`, `quantize`, `attention` and `loss` check kernels against float32 references and time them beside
-XLA's and, with `--peers`, torch's. `tune` sweeps kernels' parameters into dsv3/kernels/tuning.json.
+`gemm`, `grouped`, `quantize`, `norm`, `attention` and `loss` check kernels against float32 references and time them
+beside XLA's and, with `--peers`, torch's. `tune` sweeps kernels' parameters into dsv3/kernels/tuning.json.
 
 `import` generates a checkpoint of `--gigabytes` in `--scratch` and measures the peak memory and the speed of importing
 it. `render` makes the tables of docs/benchmarks.md from docs/benchmarks/*.json, which the others write with
@@ -24,6 +24,7 @@ from experiments import (
     benchmark_grouped,
     benchmark_import,
     benchmark_loss,
+    benchmark_norm,
     benchmark_render,
     benchmark_rows,
     benchmark_shapes,
@@ -47,6 +48,6 @@ if __name__ == "__main__":
     launch.run_command({
         "shapes": benchmark_shapes.main, "step": benchmark_step.main, "slice": benchmark_slice.main,
         "gemm": benchmark_gemm.main, "grouped": benchmark_grouped.main, "quantize": benchmark_rows.main,
-        "attention": benchmark_attention.main, "loss": benchmark_loss.main, "import": benchmark_import.main,
-        "render": benchmark_render.main,
+        "attention": benchmark_attention.main, "loss": benchmark_loss.main, "norm": benchmark_norm.main,
+        "import": benchmark_import.main, "render": benchmark_render.main,
         "tune": partial(benchmark_tune.main, tunables=benchmark_tunables.TUNABLES)}, "shapes")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dsv3.config import Operand
 from dsv3.kernels import (
+    norm_hopper,
     norm_quantize_hopper,
     pack_hopper,
     permute_hopper,
@@ -132,6 +133,9 @@ FAST = {
     "unpack_both": Fast(pack_hopper.unpack_both, _of_waiting, (1, 2, 3), pack_hopper.UNPACK),
     "quantize_weights": Fast(
         weights_quantize_hopper.quantize_weights, _of_weights, (1,), weights_quantize_hopper.WEIGHTS),
+    "norm": Fast(
+        norm_hopper.rms_norm_hopper, lambda x, gain, eps: norm_hopper.refusal(x.shape[-1], x.dtype), (2,),
+        norm_hopper.FORWARD, _width),
     "norm_quantize": Fast(
         norm_quantize, lambda x, gain, eps, *operands: _of_tokens(x, *operands), (2, 3, 4), norm_quantize_hopper.NORM,
         _width),

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from dsv3.kernels import permute, quantize, scaled_dot, swiglu_quantize
 from dsv3.kernels.attention import ATTENTION, Attention
+from dsv3.kernels.norm import rms_norm
 from dsv3.kernels.scaled_dot import Products
 
 
@@ -21,6 +22,7 @@ class Kernels(NamedTuple):
     quantize_and_pack: Callable
     unpack_both: Callable
     quantize_weights: Callable
+    norm: Callable
     norm_quantize: Callable
     swiglu_quantize: Callable
     swiglu_backward_quantize: Callable
@@ -38,6 +40,7 @@ REFERENCE = Kernels(
     quantize_and_pack=quantize.quantize_and_pack,
     unpack_both=quantize.unpack_both,
     quantize_weights=quantize.quantize_weights,
+    norm=rms_norm,
     norm_quantize=quantize.norm_quantize,
     swiglu_quantize=swiglu_quantize.swiglu_quantize,
     swiglu_backward_quantize=swiglu_quantize.swiglu_backward_quantize,

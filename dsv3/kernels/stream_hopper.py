@@ -44,8 +44,19 @@ class Piece(NamedTuple):
             self.shape if stages is None else (stages, *self.shape), self.dtype, transforms=transforms(self))
 
 
+class Carry(NamedTuple):
+    """What a warpgroup keeps in registers from tile to tile: `start()` makes it, `finish(block, group, carry, outputs)`
+    has it when all tiles are done."""
+
+    start: Callable
+    finish: Callable
+
+
+NOTHING = Carry(lambda: jnp.int32(0), lambda *_: None)
+
+
 class Step(NamedTuple):
-    """Which warpgroup works on which tile, and the arguments in device memory."""
+    """Which warpgroup works on which tile, the arguments in device memory, and what the tile before left (`carry`)."""
 
     group: jax.Array
     i: jax.Array
@@ -53,6 +64,7 @@ class Step(NamedTuple):
     met: Any
     inputs: Any
     constants: Any
+    carry: Any
 
     def meet(self) -> None:
         """Wait for all warpgroups of the thread block; what each wrote to shared memory is there for all."""
@@ -72,16 +84,16 @@ def transforms(piece: Piece) -> tuple:
 def stream(
         work: Callable, arguments: tuple[jax.Array, ...], out_type: list, *, tiles: tuple[int, int],
         pieces: list[Piece], source: Callable, staging: list[Piece], warpgroups: int, settings: Streaming,
-        constants: tuple[Piece, ...] = (), approximate: bool = False):
+        constants: tuple[Piece, ...] = (), approximate: bool = False, carry: Carry = NOTHING):
     """Run `work` on every tile (i, j).
 
     `source(i, j, *inputs)` gives the parts of the arguments that fill `pieces`; `work(step, pieces, staging, outputs)`
     is one warpgroup's share, which calls `reuse()` before it writes what it copies out of `staging`. The last arguments
     may be `constants`, which stay in shared memory as `step.constants`. `approximate` takes the device's own
-    exponential, good to about 1e-6, which is seven instructions shorter.
+    exponential, good to about 1e-6, which is seven instructions shorter. With a `carry`, `work` returns the next one.
     """
     tall, wide = tiles
-    stages, n_blocks = settings.stages, min(settings.blocks * settings.multiprocessors, tall * wide)
+    stages, n_blocks = settings.stages, blocks_for(tall * wide, settings)
 
     def kernel(*refs):
         inputs, outputs = refs[:len(arguments)], refs[len(arguments):]
@@ -117,11 +129,11 @@ def stream(
             if constants:
                 plgpu.barrier_wait(settled)
 
-            def one_tile(step, carry):
+            def one_tile(step, kept):
                 slot = lax.rem(step, jnp.int32(stages))
                 plgpu.barrier_wait(full.at[slot])
-                now = Step(group, *place(step), met, inputs, lasting)
-                work(now, [room.at[slot] for room in slots], staged, outputs)
+                now = Step(group, *place(step), met, inputs, lasting, kept)
+                left = work(now, [room.at[slot] for room in slots], staged, outputs)
                 plgpu.barrier_arrive(empty.at[slot])
 
                 @pl.when(group == 0)
@@ -129,9 +141,9 @@ def stream(
                     plgpu.barrier_wait(empty.at[slot])
                     pl.when(step + stages < steps)(partial(load, step + stages))
 
-                return carry
+                return kept if carry is NOTHING else left
 
-            lax.fori_loop(jnp.int32(0), steps, one_tile, jnp.int32(0))
+            carry.finish(block, group, lax.fori_loop(jnp.int32(0), steps, one_tile, carry.start()), outputs)
             plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
     return plgpu.kernel(
@@ -139,6 +151,11 @@ def stream(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=approximate))(*arguments)
+
+
+def blocks_for(tiles: int, settings: Streaming) -> int:
+    """Thread blocks that share so many tiles; each has at least one."""
+    return min(settings.blocks * settings.multiprocessors, tiles)
 
 
 def copy_in(part, room, barrier, piece: Piece) -> None:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3.config import ModelConfig
-from dsv3.kernels.norm import rms_norm
 from dsv3.model import gate
 from dsv3.model.ops import ExpertWeights, Ops
 from dsv3.model.weights import gain, matrix
@@ -33,7 +32,7 @@ class MLP(nn.Module):
         norm = gain(self, "norm", c.dim)
         gate_up = matrix(self, "gate_up", c.init_std, embed=c.dim, hidden=2 * c.inter_dim)
         down = matrix(self, "down", c.init_std, hidden=c.inter_dim, embed=c.dim)
-        return self.ops.mlp(("mlp.gate_up", "mlp.down"), rms_norm(x_BTD, norm, c.norm_eps), gate_up, down)
+        return self.ops.mlp(("mlp.gate_up", "mlp.down"), self.ops.norm(x_BTD, norm, c.norm_eps), gate_up, down)
 
 
 class MoE(nn.Module):
@@ -57,7 +56,7 @@ class MoE(nn.Module):
         if c.selection_bias:
             bias_E = self.variable("routing", "bias", jnp.zeros, (c.n_routed_experts,), jnp.float32).value
 
-        h_BTD = rms_norm(x_BTD, norm, self.config.norm_eps)
+        h_BTD = self.ops.norm(x_BTD, norm, self.config.norm_eps)
         h_TD = h_BTD.reshape(-1, d)
         with jax.named_scope("router"):
             scores_TE = checkpoint_name(gate.scores(h_TD, w_gate, c), "moe.scores")

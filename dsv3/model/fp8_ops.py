@@ -17,7 +17,6 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3.config import QuantConfig
 from dsv3.kernels.attention import Heads
 from dsv3.kernels.fp8_kernels import REFERENCE, Kernels
-from dsv3.kernels.norm import rms_norm
 from dsv3.kernels.quantized_dot import (
     Linear,
     input_gradient,
@@ -45,11 +44,13 @@ class Recipe(NamedTuple):
 
 
 def fp8_ops(quant: QuantConfig, kernels: Kernels = REFERENCE, base: Ops | None = None) -> Ops:
-    """`quant` carried out by `kernels`. Sites without a rule, and the loss, are those of `base` (reference)."""
+    """`quant` carried out by `kernels`. Sites without a rule, norms whose result is not quantised, and the
+    loss are those of `base` (reference)."""
     recipe = Recipe(quant, kernels, base or reference_ops())
     functions = {"linear": linear, "norm_linear": norm_linear, "attention_linear": attention_linear, "mlp": mlp,
                  "moe": moe}
-    return Ops(loss=recipe.base.loss, **{name: partial(function, recipe) for name, function in functions.items()})
+    return Ops(norm=recipe.base.norm, loss=recipe.base.loss,
+               **{name: partial(function, recipe) for name, function in functions.items()})
 
 
 def linear(recipe: Recipe, site: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -112,7 +113,7 @@ def _norm_dot_forward(x_MK, gain_K, weights, eps, place):
 def _norm_dot_backward(eps, place, residuals, d_outputs):
     x_MK, gain_K, dgrad_w = residuals
     (m, k), rule, kernels = x_MK.shape, place.rule, place.kernels
-    normed_MK, norm_vjp = jax.vjp(lambda x, gain: rms_norm(x, gain, eps), x_MK, gain_K)
+    normed_MK, norm_vjp = jax.vjp(lambda x, gain: kernels.norm(x, gain, eps), x_MK, gain_K)
     d_rows, d_columns = zip(*(kernels.quantize_both(d_y, rule.dgrad_dy, rule.wgrad_dy) for d_y in d_outputs),
                             strict=True)
     d_normed_MK = place.products.dot(_side_by_side(d_rows, 1), dgrad_w, x_MK.dtype)[:m, :k]

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from dsv3.config import ModelConfig
 from dsv3.kernels.attention import latent_attention
-from dsv3.kernels.norm import rms_norm
 from dsv3.model.ops import Ops
 from dsv3.model.rope import rotate, softmax_scale
 from dsv3.model.weights import gain, matrix
@@ -85,7 +84,7 @@ class MLA(nn.Module):
             return self.ops.attention_linear(
                 "attn.o", q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU, out,
                 scale=scale, segment_ids_BT=context.segment_ids_BT), None
-        c_kv_BTC = rms_norm(c_kv_BTC, kv_norm, latent_eps)
+        c_kv_BTC = self.ops.norm(c_kv_BTC, kv_norm, latent_eps)
         cache = _extend(cache, LatentCache(c_kv_BTC, k_rope_BTR), context.positions_BT)
         kv_b_CHX = kv_b.reshape(c.kv_lora_rank, c.n_heads, -1)
         o_BTHU = _absorbed(q_nope_BTHN, q_rope_BTHR, cache, context.positions_BT, kv_b_CHX, scale)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from dsv3.config import ModelConfig
-from dsv3.kernels.norm import rms_norm
 from dsv3.model.batch import Batch
 from dsv3.model.block import remat_block
 from dsv3.model.feed_forward import RouterStats
@@ -53,11 +52,11 @@ class MTP(nn.Module):
         self, hidden_BTD: jax.Array, embedded_BTD: jax.Array, context: Context,
     ) -> tuple[jax.Array, jax.Array, RouterStats]:
         c = self.config
-        hidden_BTD = rms_norm(hidden_BTD, gain(self, "hnorm", c.dim), c.norm_eps)
-        embedded_BTD = rms_norm(embedded_BTD, gain(self, "enorm", c.dim), c.norm_eps)
+        hidden_BTD = self.ops.norm(hidden_BTD, gain(self, "hnorm", c.dim), c.norm_eps)
+        embedded_BTD = self.ops.norm(embedded_BTD, gain(self, "enorm", c.dim), c.norm_eps)
         pair = (embedded_BTD, hidden_BTD) if c.mtp.eh_order == "embedding_first" else (hidden_BTD, embedded_BTD)
         eh_proj = matrix(self, "eh_proj", c.init_std, hidden=2 * c.dim, embed=c.dim)
         x_BTD = self.ops.linear("mtp.eh_proj", jnp.concatenate(pair, axis=-1), eh_proj)
         block = remat_block(c.remat, scanned=False)(c, self.ops, moe=True, name="block")
         x_BTD, (_, stats) = block(x_BTD, None, context)
-        return x_BTD, rms_norm(x_BTD, gain(self, "norm", c.dim), c.norm_eps), stats
+        return x_BTD, self.ops.norm(x_BTD, gain(self, "norm", c.dim), c.norm_eps), stats

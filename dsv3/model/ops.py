@@ -30,12 +30,13 @@ class ExpertWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Ops:
-    """Six functions, coarse enough that an implementation can fuse and share inside each.
+    """Seven functions, coarse enough that an implementation can fuse and share inside each.
 
     A `site` names the place of a product (`attn.q_a`, `mlp.down`, `mtp.eh_proj`), so that a recipe can give every
     place its own format; those of the routed experts are `experts.gate_up` and `experts.down`. Products take float32
     master weights, cast them to the dtype of the activation, and return float32 gradients for them.
 
+    - `norm(x, gain, eps)`: RMSNorm over the last axis, in float32, rounded to the dtype of x.
     - `linear(site, x, w)`: x @ w.
     - `norm_linear(sites, x, gain, weights, eps)`: one RMSNorm of x, then one product per site from the same input.
     - `attention_linear(site, q_nope, q_rope, k_nope, k_rope, v, w, scale=, segment_ids_BT=)`: causal core attention,
@@ -49,6 +50,7 @@ class Ops:
     output by the site, what it keeps of its input `<site>.input`.
     """
 
+    norm: Callable
     linear: Callable
     norm_linear: Callable
     attention_linear: Callable
@@ -63,8 +65,9 @@ def linear(site: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 def norm_linear(
     sites: tuple[str, ...], x: jax.Array, gain: jax.Array, weights: tuple[jax.Array, ...], eps: float,
+    *, norm: Callable,
 ) -> tuple[jax.Array, ...]:
-    normed = rms_norm(x, gain, eps)
+    normed = norm(x, gain, eps)
     return tuple(linear(site, normed, w) for site, w in zip(sites, weights, strict=True))
 
 
@@ -108,8 +111,9 @@ def moe(
 def reference_ops(*, row_block: int = 64, loss_chunk: int = 1024) -> Ops:
     """Plain jnp. `row_block` rows belong to one expert; the head sees `loss_chunk` tokens at a time."""
     return Ops(
+        norm=rms_norm,
         linear=linear,
-        norm_linear=norm_linear,
+        norm_linear=partial(norm_linear, norm=rms_norm),
         attention_linear=partial(attention_linear, attention=attention),
         mlp=mlp,
         moe=partial(moe, row_block=row_block, grouped_dot=grouped_dot, keep_rows=True),

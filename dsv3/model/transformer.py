@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from dsv3.config import ModelConfig
-from dsv3.kernels.norm import rms_norm
 from dsv3.model.batch import Batch
 from dsv3.model.block import layer_run
 from dsv3.model.feed_forward import RouterStats
@@ -81,7 +80,7 @@ class Transformer(nn.Module):
         return x_BTD, new_caches, stats
 
     def final_norm(self, x_BTD: jax.Array) -> jax.Array:
-        return rms_norm(x_BTD, self.norm, self.config.norm_eps)
+        return self.ops.norm(x_BTD, self.norm, self.config.norm_eps)
 
     def logits(self, normed_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] of a normalised hidden state."""

@@ -92,5 +92,5 @@ def watching_ops(
         each = lambda rows_JD, sizes_E, w, block: grouped(next(sites), rows_JD, sizes_E, w)
         return ops.moe(h_TD, topk_TK, weights_TK, weights, row_block=ROW_BLOCK, grouped_dot=each, keep_rows=True)
 
-    return Ops(linear=linear, norm_linear=norm_linear, attention_linear=attention_linear, mlp=mlp, moe=moe,
-               loss=partial(cross_entropy, chunk=loss_chunk))
+    return Ops(norm=rms_norm, linear=linear, norm_linear=norm_linear, attention_linear=attention_linear, mlp=mlp,
+               moe=moe, loss=partial(cross_entropy, chunk=loss_chunk))

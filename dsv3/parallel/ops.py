@@ -7,11 +7,12 @@ import jax
 from absl import logging
 
 from dsv3.config import QuantConfig, UserError, require
-from dsv3.kernels import attention_cudnn, grouped_dot_hopper
+from dsv3.kernels import attention_cudnn, grouped_dot_hopper, norm_hopper
 from dsv3.kernels.attention import ATTENTION, Attention, Heads, attend
 from dsv3.kernels.fp8_hopper import hopper_kernels
 from dsv3.kernels.fp8_kernels import REFERENCE, Kernels
 from dsv3.kernels.grouped_dot import grouped_dot
+from dsv3.kernels.norm import rms_norm
 from dsv3.model.fp8_ops import fp8_ops
 from dsv3.model.hopper_ops import hopper_ops
 from dsv3.model.ops import Ops, reference_ops
@@ -60,7 +61,15 @@ def with_fallbacks(refuse: Callable[[str], None]) -> Ops:
         run = grouped_dot if reason else grouped_dot_hopper.grouped_dot_hopper
         return run(rows_JD, sizes_E, w_EDF, block)
 
-    return hopper_ops(attention=attention, grouped_dot=product)
+    fast_norm = jax.jit(norm_hopper.rms_norm_hopper, static_argnums=2)  # by itself: equal layers lower it once
+
+    def norm(x, gain, eps):
+        reason = norm_hopper.refusal(x.shape[-1], x.dtype)
+        if reason:
+            refuse(reason)
+        return (rms_norm if reason else fast_norm)(x, gain, eps)
+
+    return hopper_ops(attention=attention, grouped_dot=product, norm=norm)
 
 
 def with_recipe(recipe: QuantConfig | None, base: Ops, kernels: Callable[[], Kernels]) -> Ops:

@@ -14,6 +14,7 @@ RULES = (
     ("grouped products", r"/experts/.*(mpmd_map|dot_general)", r"mosaic_gpu"),
     ("head and loss", r"_head_loss", None),
     ("router, dispatch and combine", r"/(router|dispatch|combine)/", None),
+    ("norms and elementwise", r"rms_norm", None),
     ("dense products", PRODUCT, r"nvjet|cutlass|gemm|xmma"),
     ("norms and elementwise", r"Transformer", None),
     ("optimizer", r"", None),

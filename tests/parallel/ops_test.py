@@ -41,7 +41,7 @@ def test_hopper_is_compute_capability_9_0(changes, hopper):
 
 
 def test_refused_shapes_take_the_reference_and_warn_once_each(monkeypatch):
-    """A miniature in float32 on a pretended H100: neither kernel accepts it, so the losses are the reference's."""
+    """A miniature in float32 on a pretended H100: no kernel accepts it, so the losses are the reference's."""
     on_h100(monkeypatch)
     warnings = []
     monkeypatch.setattr(ops.logging, "warning", lambda message, *values: warnings.append(message % values))
@@ -51,7 +51,7 @@ def test_refused_shapes_take_the_reference_and_warn_once_each(monkeypatch):
     variables, batch = random_variables(config), random_batch(config)
     losses = [jax.jit(Transformer(config, chosen).apply)(variables, batch) for chosen in (bundle, reference_ops())]
     chex.assert_trees_all_close(*losses, rtol=1e-4)
-    assert len(warnings) == 2 and len(set(warnings)) == 2
+    assert len(warnings) == 3 and len(set(warnings)) == 3
     assert all("falling back" in line and "float32" in line for line in warnings)
 
 
@@ -61,6 +61,8 @@ def test_require_refuses_shapes_in_one_line(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UserError, match="experts of 192 x 512: both must be multiples of 128"):
         jax.eval_shape(bundle.moe, *ops_tokens(192), ops_weights(192))
+    with pytest.raises(UserError, match="RMSNorm of 192 elements: it must be a multiple of 128"):
+        bundle.norm_linear(("attn.q_a",), jnp.zeros((8, 192), jnp.bfloat16), jnp.ones(192), (jnp.ones((192, 8)),), 1e-6)
     head = np.zeros((1, 8, 2, 96), np.float32)
     with pytest.raises(UserError, match="attention in float32"):
         bundle.attention_linear("attn.o", head, head, head, head[:, :, 0], head, np.zeros((192, 64), np.float32),
@@ -88,3 +90,6 @@ def test_accepted_shapes_reach_the_kernels(monkeypatch):
     assert "__cudnn$fmha" in attend.lower(lowering_platforms=("cuda",)).as_text()
     experts = jax.jit(bundle.moe).trace(*ops_tokens(256), ops_weights(256))
     assert experts.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 2
+    norm = jax.jit(lambda x, gain: jax.vjp(lambda *both: bundle.norm(*both, 1e-6), x, gain)[1](x)).trace(
+        jnp.zeros((2, 8, 256), jnp.bfloat16), jnp.ones(256))
+    assert norm.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 1
