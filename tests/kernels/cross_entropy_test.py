@@ -120,7 +120,8 @@ def test_ties_go_to_the_lowest_index():
 
 @hypothesis.settings(deadline=None)
 @hypothesis.given(hnp.arrays(np.float32, (3, 37), elements=st.one_of(
-    st.floats(-30, 30, width=32, allow_subnormal=False), st.sampled_from([np.float32(x) for x in (0, 7, 7.5, -1e4, 1e4, 3e38, -np.inf)]))))
+    st.floats(-30, 30, width=32, allow_subnormal=False),
+    st.sampled_from([np.float32(x) for x in (0, 7, 7.5, -1e4, 1e4, 3e38, -np.inf)]))))
 @hypothesis.example(np.full((3, 37), 7, np.float32))
 def test_one_read_finds_what_two_do(logits_TV):
     """Ties, huge values and -inf included, against float64 NumPy and the two reads; a sum's rounding may differ."""
