@@ -15,6 +15,10 @@ from dsv3.config.schema import Node
 TILE = 128
 """Elements that share a scale; also how deep the tensor core may sum by itself where scales change."""
 TENSOR_CORE_STEP = 32
+SITES = (
+    "attn.q", "attn.q_a", "attn.q_b", "attn.kv_a", "attn.kv_b", "attn.o", "mlp.gate_up", "mlp.down", "shared.gate_up",
+    "shared.down", "experts.gate_up", "experts.down", "mtp.eh_proj")
+"""Every Linear of a model that a recipe may reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,10 @@ class Site(Node):
 
     pattern: str
     rule: Rule | None
+
+    def validate(self) -> None:
+        require(any(fnmatchcase(site, self.pattern) for site in SITES),
+                f"quant site pattern {self.pattern!r} matches none of {', '.join(SITES)}")
 
 
 @dataclass(frozen=True, kw_only=True)

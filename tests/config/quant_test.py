@@ -6,12 +6,11 @@ from dataclasses import replace
 import pytest
 
 from dsv3.config import Operand, QuantConfig, Rule, Site, UserError, differences, from_dict, override, resolve, to_dict
-from dsv3.config.quant import OPERANDS, RECIPES, change_all, change_operands
+from dsv3.config.quant import OPERANDS, RECIPES, SITES, change_all, change_operands
 from experiments.launch import load_config
 
 FP8 = resolve("fp8")
 RULE = FP8.default
-SITES = ("attn.q_a", "attn.o", "experts.gate_up", "experts.down", "shared.down", "mtp.eh_proj")
 
 
 def changed(recipe):
@@ -69,6 +68,11 @@ def test_the_first_site_that_matches_wins():
     recipe = replace(FP8, sites=(free, *FP8.sites))
     assert recipe.rule_of("attn.o") is None and recipe.rule_of("mlp.down") == RULE
     assert replace(FP8, sites=(*FP8.sites, free)).rule_of("attn.o") == FP8.sites[0].rule
+
+
+def test_a_misspelt_site_is_refused():
+    with pytest.raises(UserError, match="'atn.o' matches none of attn.q, "):
+        Site(pattern="atn.o", rule=None)
 
 
 def test_a_recipe_survives_json_and_the_command_line():

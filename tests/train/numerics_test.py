@@ -25,7 +25,7 @@ from tiny_models import (
 )
 
 from dsv3.config import Operand, QuantConfig, Site, UserError
-from dsv3.config.quant import RECIPES
+from dsv3.config.quant import RECIPES, SITES
 from dsv3.kernels.attention import causal_attention
 from dsv3.kernels.dot import dot
 from dsv3.kernels.norm import rms_norm
@@ -33,6 +33,7 @@ from dsv3.kernels.swiglu import swiglu
 from dsv3.model import watching_ops as watching_ops_module
 from dsv3.model.ops import reference_ops
 from dsv3.model.transformer import Transformer
+from dsv3.model.watching_ops import SITES as WATCHED
 from dsv3.model.watching_ops import site_of, watching_ops
 from dsv3.parallel.mesh import place_local
 from dsv3.quant.monitor import OPERANDS, observe_product, rates, zero_statistics
@@ -302,3 +303,7 @@ def test_a_run_that_is_measured_is_the_same_run(tmp_path):
     assert not (tmp_path / "plain" / "numerics.jsonl").exists()
     with pytest.raises(UserError, match="train.numerics_every is 2, but this program has no bundle that measures"):
         train(measured, tmp_path / "other", REFERENCE)
+
+
+def test_every_place_of_a_recipe_is_watched():
+    assert sorted(WATCHED.values()) == sorted(SITES)
