@@ -18,7 +18,7 @@ from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.grouped_dot import padded_rows
 from dsv3.kernels.grouped_dot_hopper import BLOCK
 from dsv3.kernels.permute import Plan, make_plan, permute, token_of_row, unpermute
-from dsv3.kernels.scaled import Tiles
+from dsv3.kernels.scaled import Tiles, pack_tiles
 from experiments import benchmark_table
 from experiments.benchmark_clock import n_bytes
 from experiments.benchmark_table import BF16_FLOPS, BOUND, Case, Contestant, normal
@@ -97,7 +97,11 @@ FORMS = {
         "quantize_both", lambda *shape: (special(*shape),), lambda f, x: f(x, E5M2, E5M6)),
     "requantise": Form("requantize_columns", lambda *a: (waiting(*a, E4M3),), lambda f, x: f(x, POWER)),
     "requantise E5M6": Form("requantize_columns", lambda *a: (waiting(*a, E5M6),), lambda f, x: f(x, POWER)),
+    "pack": Form("quantize_and_pack", matrix, lambda f, x: f(x, E4M3, E5M6)),
+    "unpack": Form("unpack_both", lambda *a: (pack_tiles(waiting(*a, E5M6), E5M6),),
+                   lambda f, x: f(x, E5M6, E4M3, jnp.bfloat16)),
     "weights": Form("quantize_weights", lambda *a: (magnitudes(*a, dtype=jnp.float32),), lambda f, w: f(w, BLOCKS)),
+    "norm alone": Form("norm", norm_inputs, lambda f, x, gain: f(x, gain, 1e-6), exact=False),
     "norm": Form("norm_quantize", norm_inputs, lambda f, x, gain: f(x, gain, 1e-6, E4M3, None), exact=False),
     "norm, both": Form("norm_quantize", norm_inputs, lambda f, x, gain: f(x, gain, 1e-6, E4M3, E4M3), exact=False),
     "swiglu": Form(
@@ -116,6 +120,7 @@ ROUTED = (16_384, 7168, 8, 8)
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "rows": TOKENS, "columns": TOKENS, "both": (*TOKENS, (16_384, 2112), (16_200, 576)),
     "both, special numbers": ((384, 512),), "requantise": TOKENS[:2], "requantise E5M6": TOKENS[:2],
+    "pack": ((16_384, 16_384),), "unpack": ((16_384, 16_384),), "norm alone": TOKENS[:2],
     "weights": ((8, 7168, 4096),), "norm": (*TOKENS[:2], (16_384, 1536), (16_384, 512)), "norm, both": TOKENS[:2],
     "swiglu": (GATE_UP,), "swiglu, gate_up as kept": ((16_384, 4096),), "swiglu backward": (GATE_UP,),
     "permute": (ROUTED,), "combine": (ROUTED,), "combine without weights": (ROUTED,),

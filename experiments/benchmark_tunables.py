@@ -178,6 +178,9 @@ STREAMS = {
     "both": (SQUARE, TOKENS[1], TWO_FORMS),
     "requantise": (SQUARE, TOKENS[1], (
         (1, 2, 1), (1, 3, 1), (2, 2, 1), (1, 2, 2), (1, 3, 2), (2, 2, 2), (3, 2, 2), (4, 1, 2))),
+    "pack": (SQUARE, (16_384, 16_384), ((2, 2, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1))),
+    "unpack": (SQUARE, (16_384, 16_384), ((2, 2, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1))),
+    "norm alone": (((7168,), (1536,), (512,)), TOKENS[1][:1], ((2, 2, 1), (2, 1, 1), (3, 2, 1), (2, 3, 1))),
     "weights": (SQUARE, (8, 7168, 4096), ((1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 1, 2))),
     "norm": (((7168,), (1536,), (512,)), TOKENS[1][:1], (
         (2, 1, 4), (1, 1, 4), (2, 1, 2), (4, 1, 2), (1, 2, 2), (2, 2, 1), (1, 3, 1), (2, 2, 2), (1, 4, 1))),
@@ -201,7 +204,7 @@ def stream(name: str) -> Tunable:
         return partial(form.call, lambda *arguments: fast.function(*arguments, streaming))
 
     def inputs(entry: tuple[int, ...], seed: int) -> tuple:
-        return form.inputs(seed, *measured, *(entry if name == "norm" else ()))
+        return form.inputs(seed, *measured, *(entry if name.startswith("norm") else ()))
 
     candidates = list(dict.fromkeys([fast.default, *(Streaming(*setting) for setting in settings)]))
     return Tunable(form.function, entries, lambda entry: candidates, make, inputs,

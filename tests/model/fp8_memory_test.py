@@ -104,7 +104,7 @@ def test_what_waits_is_what_was_counted():
 @pytest.mark.slow
 @pytest.mark.parametrize("remat, share", [("report", 0.47), ("none", 0.65)])
 def test_memory_falls_by_what_was_predicted(remat, share):
-    """What is measured is what waits, within 3%; under `none` XLA merges some tensors that wait twice, up to 6%.
+    """What is measured is what waits, but for some tensors that wait twice and that XLA merges: up to 6%.
 
     On a CPU, XLA holds 8-bit floats in 16 bits inside loops: those bytes are found and taken off.
     """
@@ -112,6 +112,5 @@ def test_memory_falls_by_what_was_predicted(remat, share):
     for name in BUNDLES:
         held, in_8_bits = waiting(name, remat)
         measured[name] = compiled_bytes(name, remat) - in_8_bits
-        merged = 0.06 if remat == "none" else 0.03
-        assert 1 - merged < measured[name] / held < 1.01, (name, measured[name], held)
+        assert 0.94 < measured[name] / held < 1.01, (name, measured[name], held)
     assert measured["fp8"] < share * measured["bf16"]
