@@ -15,8 +15,8 @@ from dsv3.kernels import fp8_hopper, scaled_dot_hopper
 from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.grouped_dot import block_experts, padded_rows
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles, whole
-from dsv3.kernels.scaled_dot_hopper import DEPTH, HALF, MULTIPROCESSORS, ROWS, Tuning
-from dsv3.kernels.scaled_products_hopper import NARROW, WIDE_ADVANTAGE, default_tuning
+from dsv3.kernels.scaled_dot_hopper import DEPTH, HALF, ROWS, Tuning
+from dsv3.kernels.scaled_products_hopper import NARROW, cost, default_tuning
 from dsv3.kernels.stream_hopper import Streaming
 from experiments.benchmark_gemm import SHAPES
 from experiments.benchmark_grouped import group_sizes
@@ -42,12 +42,6 @@ def shared_bytes(tuning: Tuning, out_bytes: int, *, column_scales: bool) -> int:
     step = (ROWS + tuning.width) * DEPTH + 4 * ROWS + 4 * tuning.width * column_scales
     piece = math.gcd(tuning.width, 64 // out_bytes)
     return tuning.stages * (step + 2 * 8) + 2 * 2 * HALF * piece * out_bytes + 2 * 8
-
-
-def cost(m: int, n: int, width: int) -> float:
-    """Rounds of all multiprocessors over the tiles of [m, n], in columns: the narrow ones load more for a product."""
-    rounds = -(-(-(-m // ROWS) * -(-n // width)) // MULTIPROCESSORS)
-    return rounds * width * (1 if width >= 160 else WIDE_ADVANTAGE)
 
 
 def product_candidates(m: int, n: int, default: Tuning, out_bytes: int, *, column_scales: bool = False,

@@ -28,13 +28,15 @@ def refuses_operands(a: Tiles, b: Tiles | Blocks) -> str | None:
     return f"operands in {wide[0]}: they must have 8 bits" if wide else None
 
 
+def cost(m: int, n: int, width: int) -> float:
+    """Rounds of all multiprocessors over the tiles of [m, n], in columns: the narrow ones load more for a product."""
+    rounds = -(-(-(-m // ROWS) * -(-n // width)) // MULTIPROCESSORS)
+    return rounds * width * (1 if width >= 160 else WIDE_ADVANTAGE)
+
+
 def default_tuning(m: int, n: int) -> Tuning:
     """The width whose tiles fill whole rounds of all multiprocessors best."""
-    def cost(tuning):
-        rounds = -(-(-(-m // ROWS) * -(-n // tuning.width)) // MULTIPROCESSORS)
-        return rounds * tuning.width * (1 if tuning is WIDE else WIDE_ADVANTAGE)
-
-    return min(NARROW, WIDE, key=cost)
+    return min(NARROW, WIDE, key=lambda tuning: cost(m, n, tuning.width))
 
 
 def dense_entry(m: int, n: int, k: int) -> tuple[int, ...]:
