@@ -220,6 +220,8 @@ def _consume(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tun
             late = after(early, 1)
             late_factors, next_factors = factors_of(2 * index + 1), factors_of(2 * index + 2)
             plgpu.barrier_wait(shared.turn.at[group])
+            # A last use for LLVM's register of zero: were it the second accumulator's, 64 moves would clear that.
+            unused = plgpu.layout_cast(jnp.zeros(HALF, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
             def run(first, second):
                 start(early, first)
@@ -227,6 +229,7 @@ def _consume(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tun
                 plgpu.barrier_arrive(shared.turn.at[1 - group])
                 row = arrived(after(early, AHEAD))
                 part = plgpu.wgmma_accumulator_load(first, wait_n=1)
+                lax.optimization_barrier(unused)
                 sums = promote(early, early_row, factors, part, totals)
                 return row, arrived(after(late, AHEAD)), sums, second[...]
 
