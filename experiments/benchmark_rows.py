@@ -27,10 +27,12 @@ E4M3 = Operand(format="e4m3", tile="inner", power_of_two=False)
 POWER = Operand(format="e4m3", tile="inner", power_of_two=True)
 E5M2, E5M6 = (Operand(format=name, tile="inner", power_of_two=True) for name in ("e5m2", "e5m6"))
 BLOCKS = Operand(format="e4m3", tile="block", power_of_two=False)
-TOKENS = ((4096, 7168), (16_384, 7168), (32_768, 7168))
+TOKENS = ((4096, 7168), (16_384, 7168))
 GATE_UP = (131_072, 4096)
 NEAR = 0.004
 """Distance that exponentials and sums in another order may make: a last bit now and then moves a code by one."""
+UNROUNDED = 0.02
+"""Distance that XLA may make where it leaves out a rounding to bfloat16 (measured: 0.013): many codes move by one."""
 
 
 class Form(NamedTuple):
@@ -49,8 +51,9 @@ def magnitudes(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
 
 
 def special(seed: int, m: int, k: int) -> jax.Array:
-    """With tiles of zeros, subnormals, infinities and NaNs."""
-    x = magnitudes(seed, m, k).at[3].set(0).at[5].set(1e-40).at[7, 1].set(jnp.inf).at[9, 40].set(jnp.nan)
+    """With tiles of zeros, hardly normal numbers (a CPU, which makes the reference, flushes smaller ones), infinities
+    and NaNs."""
+    x = magnitudes(seed, m, k).at[3].set(0).at[5].set(2e-38).at[7, 1].set(jnp.inf).at[9, 40].set(jnp.nan)
     return x.at[:, 17].set(-0.0)
 
 
@@ -119,9 +122,9 @@ FORMS = {
 ROUTED = (16_384, 7168, 8, 8)
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "rows": TOKENS, "columns": TOKENS, "both": (*TOKENS, (16_384, 2112), (16_200, 576)),
-    "both, special numbers": ((384, 512),), "requantise": TOKENS[:2], "requantise E5M6": TOKENS[:2],
-    "pack": ((16_384, 16_384),), "unpack": ((16_384, 16_384),), "norm alone": TOKENS[:2],
-    "weights": ((8, 7168, 4096),), "norm": (*TOKENS[:2], (16_384, 1536), (16_384, 512)), "norm, both": TOKENS[:2],
+    "both, special numbers": ((384, 512),), "requantise": TOKENS, "requantise E5M6": TOKENS,
+    "pack": ((16_384, 16_384),), "unpack": ((16_384, 16_384),), "norm alone": TOKENS,
+    "weights": ((8, 7168, 4096),), "norm": (*TOKENS, (16_384, 1536), (16_384, 512)), "norm, both": TOKENS,
     "swiglu": (GATE_UP,), "swiglu, gate_up as kept": ((16_384, 4096),), "swiglu backward": (GATE_UP,),
     "permute": (ROUTED,), "combine": (ROUTED,), "combine without weights": (ROUTED,),
 }
@@ -139,7 +142,7 @@ def case(name: str, shape: tuple[int, ...]) -> Case:
     moved = n_bytes((arrays, jax.eval_shape(slow, *arrays)))
     contestants = {"Hopper": Contestant(ours, slow, bound=0 if form.exact else NEAR)}
     if "special" not in name:  # a NaN has no distance
-        contestants["XLA"] = Contestant(slow, slow, bound=BOUND)
+        contestants["XLA"] = Contestant(slow, slow, bound=BOUND if form.exact else UNROUNDED)
     return Case(name, " x ".join(map(str, shape)), inputs, contestants, 0, moved, BF16_FLOPS)
 
 
