@@ -16,7 +16,7 @@ from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.grouped_dot import block_experts, padded_rows
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles, whole
 from dsv3.kernels.scaled_dot_hopper import DEPTH, HALF, ROWS, Tuning
-from dsv3.kernels.scaled_products_hopper import NARROW, cost, default_tuning
+from dsv3.kernels.scaled_products_hopper import DECODING, NARROW, cost, default_tuning
 from dsv3.kernels.stream_hopper import Streaming
 from experiments.benchmark_gemm import SHAPES
 from experiments.benchmark_grouped import group_sizes
@@ -27,7 +27,7 @@ from experiments.benchmark_tune import Tunable
 SHARED_BYTES = 227 * 1024
 """Of shared memory that a thread block may have on Hopper."""
 GRADIENT_TOKENS = 8192
-WIDTHS = {32: 10, 64: 8, 96: 7, 112: 6, 128: 6, 144: 5, 160: 5, 176: 5, 192: 5}
+WIDTHS = {96: 7, 112: 6, 128: 6, 144: 5, 160: 5, 176: 5, 192: 5}
 """Columns of a tile, and the most steps in flight that fit for it."""
 NEAR = 2
 """Widths that are tried beside the usual two, those whose tiles fill rounds of all multiprocessors best; half as many
@@ -50,10 +50,12 @@ def product_candidates(m: int, n: int, default: Tuning, out_bytes: int, *, colum
 
     `pairs`: operands that neighbours may share.
     """
-    usable = sorted((width for width in WIDTHS if width >= 96 or m <= ROWS), key=partial(cost, m, n))
-    near = NEAR if m <= 4096 else NEAR // 2
-    found = [default, *(Tuning(width, WIDTHS[width], None, 8) for width in dict.fromkeys((*usable[:near], 128, 192)))]
-    if m > ROWS:
+    if m <= ROWS:
+        found = [default, *DECODING]
+    else:
+        usable = sorted(WIDTHS, key=partial(cost, m, n))
+        near = usable[:NEAR if m <= 4096 else NEAR // 2]
+        found = [default, *(Tuning(width, WIDTHS[width], None, 8) for width in dict.fromkeys((*near, 128, 192)))]
         found += [Tuning(128, 6, None, 16), Tuning(192, 5, None, 16)]
         found += [Tuning(width, WIDTHS[width], pair, 8) for width in (128, 192) for pair in pairs]
         found += [Tuning(128, 6, None, 4 if m <= 4096 else 32)]

@@ -11,6 +11,8 @@ from dsv3.kernels.scaled_dot_hopper import MULTIPROCESSORS, ROWS, Tuning, rows_t
 from dsv3.kernels.tuning import rounded_up, tuned
 
 NARROW, WIDE = Tuning(width=128, stages=6), Tuning(width=192, stages=5)
+DECODING = tuple(Tuning(width, stages) for width, stages in ((16, 12), (32, 10), (64, 8), (128, 6), (192, 5)))
+"""For one row of tiles: the narrowest whose tiles all run at once, as all multiprocessors together read the weights."""
 WIDE_ADVANTAGE = 1.06
 """How much more a column of a narrow tile costs than one of a wide tile, which loads fewer bytes for a product."""
 
@@ -36,6 +38,8 @@ def cost(m: int, n: int, width: int) -> float:
 
 def default_tuning(m: int, n: int) -> Tuning:
     """The width whose tiles fill whole rounds of all multiprocessors best."""
+    if m <= ROWS:
+        return next((tuning for tuning in DECODING if -(-n // tuning.width) <= MULTIPROCESSORS), WIDE)
     return min(NARROW, WIDE, key=lambda tuning: cost(m, n, tuning.width))
 
 

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dsv3.config import UserError
 from dsv3.kernels.scaled import Blocks, Tiles
 from dsv3.kernels.scaled_dot_hopper import Tuning, _in_flight, rows_times_blocks, weight_gradient
+from dsv3.kernels.scaled_products_hopper import default_tuning
 from dsv3.quant.formats import E4M3
 from dsv3.quant.tiles import ALONG_ROWS, BLOCK, dequantize, quantize
 
@@ -57,6 +58,21 @@ def test_a_dense_product(tuning, steps):
     (a, a_numbers), (b, b_numbers) = tiles(rng, 256, 128 * steps), blocks(rng, n, 128 * steps)
     out = jax.ShapeDtypeStruct((256, n), jnp.float32)
     assert_close(run(rows_times_blocks, a, b, None, out, tuning), a_numbers @ b_numbers.T)
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_a_few_rows_as_in_decoding(width):
+    """64 rows, and columns that are no whole number of tiles."""
+    rng = np.random.default_rng(7)
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 128, 384), blocks(rng, 256, 384)
+    out = jax.ShapeDtypeStruct((64, 200), jnp.float32)
+    actual = run(rows_times_blocks, a, b, None, out, Tuning(width, 3, None, 8))
+    assert_close(actual, (a_numbers @ b_numbers.T)[:64, :200])
+
+
+@pytest.mark.parametrize("n, width", [(2176, 32), (1536, 16), (4096, 32), (7168, 64), (16_384, 128), (24_576, 192)])
+def test_the_tiles_of_a_few_rows_run_all_at_once(n, width):
+    assert default_tuning(64, n).width == default_tuning(128, n).width == width
 
 
 @pytest.mark.slow
