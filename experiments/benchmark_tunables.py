@@ -53,7 +53,7 @@ def product_candidates(m: int, n: int, default: Tuning, out_bytes: int, *, colum
     if m <= ROWS:
         found = [default, *DECODING]
     else:
-        usable = sorted(WIDTHS, key=partial(cost, m, n))
+        usable = sorted((w for w in WIDTHS if w % 32 == 0 or not column_scales), key=partial(cost, m, n))
         near = usable[:NEAR if m <= 4096 else NEAR // 2]
         found = [default, *(Tuning(width, WIDTHS[width], None, 8) for width in dict.fromkeys((*near, 128, 192)))]
         found += [Tuning(128, 6, None, 16), Tuning(192, 5, None, 16)]

@@ -366,6 +366,8 @@ def weight_gradient(
     Expert e has the `steps_E[e]` blocks of 128 tokens from `start_E[e]`, a multiple of 128.
     """
     width = tuning.width
+    require(width % 32 == 0, f"{tuning}: the copy engine needs the {width} scales of a tile's columns to fill a "
+            "multiple of 128 bytes; use a width that is a multiple of 32")
     n_tiles, place = _grid(pl.cdiv(a.values.shape[0], ROWS), pl.cdiv(b.values.shape[0], width), tuning)
     shape = (a.values.shape[0], b.values.shape[0])
 

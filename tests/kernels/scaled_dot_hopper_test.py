@@ -144,6 +144,13 @@ def test_a_tuning_that_cannot_work_is_refused(tuning, said):
         rows_times_blocks(a, b, jnp.arange(2), jax.ShapeDtypeStruct((256, 128), jnp.bfloat16), tuning)
 
 
+def test_scales_of_columns_that_are_not_aligned_are_refused():
+    """What a CPU forgives is a misaligned address on the card."""
+    (a, _), (b, _) = (tiles(np.random.default_rng(8), 256, 128) for _ in range(2))
+    with pytest.raises(UserError, match="width=176, .* multiple of 32"):
+        weight_gradient(a, b, None, None, Tuning(176, 4, None, 8))
+
+
 @pytest.mark.slow
 def test_a_nan_reaches_its_row_alone():
     rng = np.random.default_rng(4)
