@@ -25,8 +25,8 @@ def swiglu_backward_quantize(
     """Gradient of gate_up, both ways, and h once more for the weight gradient of the product after it.
 
     `kept` is gate_up; `d_h_MF` [M, F / 2] is the gradient of h, without the gate weights `weight_M` of experts' rows.
-    All in float32, rounded only by quantisation: the gradient of gate_up is that of weight * h, and so is what stands
-    for h. Returns d_gate_up [M', F'], its transpose [F', M'], (weight * h) transposed [F' / 2, M'], and
+    In float32, rounded to the dtype of `d_h_MF` before it is quantised, as other gradients are; the gradient of gate_up
+    is that of weight * h, and so is what stands for h. Returns d_gate_up [M', F'], its transpose [F', M'], (weight * h) transposed [F' / 2, M'], and
     d_weight[m] = sum over features of h * d_h, or None without weights.
     """
     m, f = d_h_MF.shape
@@ -39,6 +39,7 @@ def swiglu_backward_quantize(
         d_weight_M = jnp.sum(h * d_h, axis=1)
         d_h, h = d_h * weight_M[:, None], h * weight_M[:, None]
     d_gate = d_h * up * sigmoid * (1 + gate * (1 - sigmoid))
-    d_gate_up = jnp.concatenate([d_gate, d_h * silu], axis=1)
+    d_gate_up = jnp.concatenate([d_gate, d_h * silu], axis=1).astype(d_h_MF.dtype)
+    h = h.astype(d_h_MF.dtype)
     return (quantize_rows(d_gate_up, rows), quantize_columns(d_gate_up, columns), quantize_columns(h, h_columns),
             d_weight_M)

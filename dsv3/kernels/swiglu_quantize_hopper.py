@@ -2,8 +2,8 @@
 
 Forward, a step reads the squares of gate and up that belong together and writes h and both as they are kept. Backward,
 it reads those and the gradient of h, and writes the gradients of gate and up along rows and along columns, and h along
-columns. The columns' warpgroups compute everything again from transposed reads: exchanging float32 through shared
-memory would cost as much. Bytes moved for each element of h: 7 forward, 9 backward.
+columns. What goes along columns passes through shared memory in bfloat16, to be read transposed. Bytes moved for each
+element of h: 7 forward, 9 backward.
 """
 
 import jax
@@ -21,17 +21,16 @@ from dsv3.kernels.tile_hopper import (
     MATRIX,
     ROWS,
     SHORT,
-    SHORT_PER_COLUMN,
     SHORT_PER_ROW,
     SHORT_ROWS,
     TILE,
-    along_columns,
     along_rows,
+    dtype_of,
     quantize_piece,
 )
 
 FORWARD = Streaming(stages=2, blocks=1, split=2)
-BACKWARD = Streaming(stages=1, blocks=1, split=2)
+BACKWARD = Streaming(stages=2, blocks=1, split=4)
 """Best on an H100."""
 
 
@@ -95,10 +94,13 @@ def swiglu_backward_quantize(
     of h * d_h, or None without weights.
     """
     codes, scales = kept if isinstance(kept, Tiles) else (padded(kept), None)
-    n_rows, split, widen = len(d_h_MF), settings.split, jnp.dtype(codes.dtype).itemsize == 1
+    n_rows, split = len(d_h_MF), settings.split
     (m, f), wide, d_h_MF = codes.shape, _halves(codes.shape[1]), padded(d_h_MF)
     weighted, scaled = weight_M is not None, scales is not None
     row_form, column_form, h_form = Form(rows, False), Form(columns, True), Form(h_columns, True)
+    one_staging = dtype_of(columns) == dtype_of(h_columns)
+    if not (scaled and one_staging):  # what these need more of shared memory leaves room for one step
+        settings = settings._replace(stages=1)
 
     def source(i, j, codes_ref, d_h_ref, *rest):
         tokens = pl.ds(i * TILE, TILE)
@@ -106,69 +108,61 @@ def swiglu_backward_quantize(
         return [square_of(codes_ref, i, j), square_of(codes_ref, i, j + wide), square_of(d_h_ref, i, j),
                 *vectors, *([rest[-1].at[tokens]] if weighted else [])]
 
+    def results(pieces, some):
+        """Gradients of gate and up and weight * h in bfloat16, for some of the rows, and the sums of h * d_h."""
+        of_rows = lambda ref, like: along_rows(plgpu.load(ref.at[some], layout=SHORT_PER_ROW), like)
+        gate, up, d_h = (plgpu.load(square.at[some], layout=SHORT).astype(jnp.float32) for square in pieces[:3])
+        if scaled:
+            gate, up = (x * of_rows(ref, x) for x, ref in zip((gate, up), pieces[3:5], strict=True))
+        sig = sigmoid(gate)
+        silu = gate * sig
+        h, change = silu * up, None
+        if weighted:
+            weight = of_rows(pieces[-1], gate)
+            change, h, d_h = jnp.sum(h * d_h, axis=1), h * weight, d_h * weight
+        d_gate = d_h * up * sig * (1 + gate * (1 - sig))
+        return *(x.astype(d_h_MF.dtype) for x in (d_gate, d_h * silu, h)), change
+
     def work(step, pieces, staged, outputs):
-        part, squares = lax.rem(step.group, split), pieces[:3]
-        if widen:
-            squares = [*staged[-2:], pieces[2]]
-            step.meet()  # all have read the squares before
-            for half in range(2):
-                @pl.when(lax.div(step.group, split) == half)
-                def _(half=half):
-                    for start in range(0, TILE // split, ROWS):
-                        some = pl.ds(part * (TILE // split) + start, ROWS)
-                        squares[half][some] = plgpu.load(pieces[half].at[some], layout=MATRIX).astype(jnp.float16)
-            step.meet()
+        per_part = TILE // split
+        parts = [pl.ds(step.group * per_part + start, SHORT_ROWS) for start in range(0, per_part, SHORT_ROWS)]
+        d_gate_square, square = pieces[2], staged[7]  # the gradient of h makes room for that of gate
 
-        def load(some, transposed):
-            """Gate, up and the gradient of h, and what spreads a number for every token, for some of the rows."""
-            spread = along_columns if transposed else along_rows
-            of_tokens = lambda ref: (plgpu.load(ref, layout=SHORT_PER_COLUMN) if transposed
-                                     else plgpu.load(ref.at[some], layout=SHORT_PER_ROW))
-            square = lambda ref: plgpu.load(
-                (ref.transpose((1, 0)) if transposed else ref).at[some], layout=SHORT).astype(jnp.float32)
-            gate, up, d_h = map(square, squares)
-            if scaled:
-                gate, up = (x * spread(of_tokens(ref), x) for x, ref in zip((gate, up), pieces[3:5], strict=True))
-            return gate, up, d_h, spread(of_tokens(pieces[-1]), gate) if weighted else None
-
-        def results(some, transposed):
-            """Gradients of gate and up, weight * h, and h * d_h."""
-            gate, up, d_h, weight = load(some, transposed)
-            sig = sigmoid(gate)
-            silu = gate * sig
-            h, change = silu * up, None
-            if weighted:
-                change, h, d_h = h * d_h, h * weight, d_h * weight
-            return d_h * up * sig * (1 + gate * (1 - sig)), d_h * silu, h, change
-
-        def each(transposed, operands, staged, outputs, row):
-            """Quantise and write as many of the results as there are operands."""
+        def write_columns(source, form, row, staged, out):
+            """Tiles along columns of a whole square, every warpgroup its share of them."""
             reuse()
-            for start in range(0, TILE // split, SHORT_ROWS):
-                some = pl.ds(part * (TILE // split) + start, SHORT_ROWS)
-                *arrays, change = results(some, transposed)
-                for index, operand in enumerate(operands):
-                    staged[2 * index][some], staged[2 * index + 1][some] = quantize_piece(arrays[index], operand)
-                if weighted and not transposed:
-                    staged[4][some] = jnp.sum(change, axis=1)
+            for some in parts:
+                x = plgpu.load(source.transpose((1, 0)).at[some], layout=SHORT)
+                staged[0][some], staged[1][some] = quantize_piece(x, form.operand)
             plgpu.commit_smem()
-            for index in range(len(operands)):
-                pair = slice(2 * index, 2 * index + 2)
-                copy_square(part, split, *row(index), staged[pair], outputs[index])
+            copy_square(step.group, split, row, step.i, staged, out)
 
-        @pl.when(step.group < split)
-        def _():
-            each(False, [rows] * 2, [*staged[:4], staged[10]], [outputs[:2]] * 2,
-                 lambda index: (step.i, step.j + index * wide))
+        step.meet()  # all have read the square of the tile before
+        kept_h = []
+        reuse()
+        for some in parts:
+            d_gate, d_up, h, change = results(pieces, some)
+            kept_h.append(h)
+            for index, x in enumerate((d_gate, d_up)):
+                staged[2 * index][some], staged[2 * index + 1][some] = quantize_piece(x, rows)
+            d_gate_square[some], square[some] = d_gate, d_up
             if weighted:
-                mine = pl.ds(part * (TILE // split), TILE // split)
-                tokens = pl.ds(step.i * TILE + part * (TILE // split), TILE // split)
-                plgpu.copy_smem_to_gmem(staged[10].at[mine], outputs[6].at[step.j, tokens])
-
-        @pl.when(step.group >= split)
-        def _():
-            each(True, [columns, columns, h_columns], staged[4:10], [outputs[2:4]] * 2 + [outputs[4:6]],
-                 lambda index: (step.j + (wide if index == 1 else 0), step.i))
+                staged[6][some] = change
+        plgpu.commit_smem()
+        for index in range(2):
+            copy_square(step.group, split, step.i, step.j + index * wide, staged[2 * index:2 * index + 2], outputs[:2])
+        if weighted:
+            mine = pl.ds(step.group * per_part, per_part)
+            tokens = pl.ds(step.i * TILE + step.group * per_part, per_part)
+            plgpu.copy_smem_to_gmem(staged[6].at[mine], outputs[6].at[step.j, tokens])
+        step.meet()
+        write_columns(d_gate_square, column_form, step.j, staged[4:6], outputs[2:4])
+        write_columns(square, column_form, step.j + wide, staged[4:6], outputs[2:4])
+        step.meet()
+        for some, h in zip(parts, kept_h, strict=True):
+            square[some] = h
+        step.meet()
+        write_columns(square, h_form, step.j, staged[4:6] if one_staging else staged[8:], outputs[4:6])
 
     vector = Piece((TILE,), jnp.float32)
     square = lambda dtype: Piece((TILE, TILE), dtype, swizzle=128 if dtype.itemsize == 1 else 2 * SHORT_ROWS)
@@ -180,8 +174,8 @@ def swiglu_backward_quantize(
         + ([jax.ShapeDtypeStruct((wide, m), jnp.float32)] if weighted else []),
         tiles=(m // TILE, wide),
         pieces=[square(codes.dtype)] * 2 + [square(d_h_MF.dtype)] + [vector] * (2 * scaled + weighted), source=source,
-        staging=2 * staging(row_form) + 2 * staging(column_form) + staging(h_form) + [vector]
-        + [square(jnp.dtype(jnp.float16))] * (2 * widen),
-        warpgroups=2 * split, settings=settings, approximate=True)
+        staging=2 * staging(row_form) + staging(column_form) + [vector, square(d_h_MF.dtype)]
+        + ([] if one_staging else staging(h_form)),
+        warpgroups=split, settings=settings, approximate=True)
     d_weight_M = jnp.sum(out[6], axis=0)[:n_rows] if weighted else None
     return Tiles(*out[:2]), Tiles(*out[2:4]), Tiles(*out[4:6]), d_weight_M
