@@ -45,5 +45,5 @@ def get_config() -> Config:
             Phase(until=math.inf, start=8e-5, end=8e-5, shape="constant")),
         bias_update_speed=(
             Phase(until=1e8, start=0.01, end=0.002, shape="linear"),
-            Phase(until=math.inf, start=0.002, end=0.002, shape="constant")),
+            Phase(until=math.inf, start=0.0, end=0.0, shape="constant")),
         mtp_lambda=constant(0.3), log_every=10, eval_every=STEPS, checkpoint_every=STEPS, keep_checkpoints=1, ema=None))

@@ -41,4 +41,4 @@ def get_config() -> Config:
             Phase(until=math.inf, start=RATE / 10, end=RATE / 10, shape="constant")),
         bias_update_speed=(
             Phase(until=3.3e7, start=0.01, end=0.002, shape="linear"),
-            Phase(until=math.inf, start=0.002, end=0.002, shape="constant"))))
+            Phase(until=math.inf, start=0.0, end=0.0, shape="constant"))))

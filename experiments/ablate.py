@@ -4,9 +4,9 @@ python -m experiments.ablate --config=configs/ablation.py --workdir=runs/ablatio
     [--only=NAME,NAME] [--summary] [--config.FIELD=VALUE]
 
 The config file lists `VARIANTS` (name -> overrides), `BASELINES` and `NOISE` (`experiments/compare.py`). Every variant
-is trained with every seed (of the weights) in WORKDIR/VARIANT-SEED; all read WORKDIR/data. Writes WORKDIR/ablation.json,
-ablation.png and curves.json of all that has finished, and prints a table. The same command continues after an
-interruption, and leaves alone what has finished or diverged; delete its directory to train it again.
+is trained with every seed (of the weights) in WORKDIR/VARIANT-SEED; all read WORKDIR/data. Writes ablation.json,
+ablation.png and curves.json in WORKDIR of all that has finished, and prints a table. The same command continues after
+an interruption, and leaves alone what has finished or diverged; delete its directory to train it again.
 """
 
 import contextlib
