@@ -34,7 +34,8 @@ NOISE = "base, other order"
 
 def get_config():
     return override(tiny(), {SMALL | {"train.steps": "12", "train.warmup_steps": "2", "train.ema": "None",
-                                      "train.eval_every": "12", "train.checkpoint_every": "12"}})
+                                      "train.eval_every": "12", "train.checkpoint_every": "12", "model.n_layers": "1",
+                                      "model.n_dense_layers": "0", "model.mtp.depth": "0"}})
 """
 SMALL_COMPILER = dict(XLA_FLAGS="--xla_backend_optimization_level=0")
 
