@@ -1,6 +1,6 @@
 """What training in 8 bits costs in loss: configs/small_moe.py with every recipe, on 100M tokens in the same order.
 
-Source: report section 3.3 and appendix B (figure 10: below 0.25%; B.2: blocks for gradients diverge). The schedules are
+Source: report section 3.3 and appendices B.1 (below 0.25%) and B.2 (blocks for gradients diverge). The schedules are
 those of the 100M tokens in docs/results.md: 1,530 steps of 32 rows of 2,048 tokens, a rate of 8e-4 that falls from 60M
 tokens on, a bias that moves ten times as fast as in the report and then slower. Weights are kept at the end only.
 `VARIANTS` are read by experiments/ablate.py. "bf16, other order" is bf16 with the sums of a step in another order (two

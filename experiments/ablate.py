@@ -3,7 +3,7 @@
 python -m experiments.ablate --config=configs/ablation.py --workdir=runs/ablation [--seeds=0,1] [--jobs=N]
     [--only=NAME,NAME] [--summary] [--config.FIELD=VALUE]
 
-The config file lists `VARIANTS` (name -> overrides), `BASELINES` and `NOISE` (`experiments/compare.py`). Every variant
+The config file lists `VARIANTS` (name -> overrides), `BASELINES` and `NOISE` (`experiments/variants.py`). Every variant
 is trained with every seed (of the weights) in WORKDIR/VARIANT-SEED; all read WORKDIR/data. Writes ablation.json,
 ablation.png and curves.json in WORKDIR of all that has finished, and prints a table. The same command continues after
 an interruption, and leaves alone what has finished or diverged; delete its directory to train it again.
@@ -17,12 +17,10 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from absl import flags
 
-from dsv3.config import Config, UserError, from_dict, override, require
-from dsv3.config.schema import nearest
+from dsv3.config import Config, UserError, require
 from dsv3.data.prepare import prepare
 from dsv3.parallel.distributed import is_main
 from dsv3.parallel.ops import make_ops
@@ -31,9 +29,10 @@ from dsv3.train.loop import train
 from dsv3.train.stopping import Stopped
 from experiments import launch
 from experiments.children import describe
-from experiments.compare import Comparison, curves, differences, figures, plot_comparison, read_run
+from experiments.compare import curves, differences, figures, plot_comparison, read_run
 from experiments.pool import Task, gpus_here, places, run_pool
 from experiments.report import ablation_table
+from experiments.variants import Comparison, Run, chosen, plan, seeds_of, short
 
 CONFIG = flags.DEFINE_string("config", None, "Python file with get_config(), VARIANTS, BASELINES, NOISE", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of all runs", required=True)
@@ -42,54 +41,6 @@ ONLY = flags.DEFINE_list("only", None, "train these variants, by the names of th
 SUMMARY = flags.DEFINE_bool("summary", False, "train nothing, sum up what has finished")
 JOBS = flags.DEFINE_integer("jobs", None, "train so many variants at a time, a GPU each", lower_bound=1)
 DROP = flags.DEFINE_bool("drop_checkpoints", False, "delete the weights of a variant when it has finished")
-
-
-class Run(NamedTuple):
-    """One variant with one seed."""
-
-    variant: str
-    seed: str
-    config: Config
-    directory: Path
-
-    def settled(self) -> bool:
-        """Whether it has finished or diverged with this very config."""
-        file = self.directory / "config.json"
-        return (read_run(self.directory, self.config.train).settled and file.exists()
-                and from_dict(Config, json.loads(file.read_text())) == self.config)
-
-
-def short(name: str) -> str:
-    """A variant's name as its directory has it."""
-    return name.replace(" ", "_").replace(",", "")
-
-
-def plan(config: Config, comparison: Comparison, workdir: Path, seeds: Sequence[str]) -> list[Run]:
-    """All runs, seed by seed. Raises `UserError` for an override that a config refuses."""
-    runs = []
-    for seed in seeds:
-        for name, changes in comparison.variants.items():
-            try:
-                variant = override(config, changes | {"train.seed": seed})
-            except UserError as error:
-                raise UserError(f"variant {name!r}: {error}") from error
-            runs.append(Run(name, seed, variant, workdir / f"{short(name)}-{seed}"))
-    return runs
-
-
-def seeds_of(comparison: Comparison, workdir: Path, seeds: Sequence[str]) -> list[str]:
-    """`seeds`, and those of other starts that have left runs."""
-    names = [run.name.rpartition("-") for run in workdir.glob("*-*")]
-    found = {seed for name, _, seed in names if name in map(short, comparison.variants) and seed.isdigit()}
-    return sorted({*seeds, *found}, key=int)
-
-
-def chosen(runs: Sequence[Run], only: Sequence[str] | None) -> list[Run]:
-    """Those of the variants named; all for None."""
-    names = list(dict.fromkeys(short(run.variant) for run in runs))
-    for name in only or ():
-        require(short(name) in names, f"--only: there is no variant {name!r}; {nearest(short(name), names)}")
-    return [run for run in runs if only is None or short(run.variant) in map(short, only)]
 
 
 @contextlib.contextmanager
@@ -170,7 +121,7 @@ def sum_up(runs: Sequence[Run], comparison: Comparison, warmup: int, workdir: Pa
         with locked(workdir):
             (workdir / "ablation.json").write_text(json.dumps(table, indent=2) + "\n")
             (workdir / "curves.json").write_text(json.dumps(drawn) + "\n")
-            plot_comparison({name: seeds for name, seeds in found.items() if seeds}, comparison, warmup,
+            plot_comparison({name: seeds for name, seeds in found.items() if seeds}, apart, comparison.noise, warmup,
                             workdir / "ablation.png")
         print(ablation_table(table))
     if waiting:

@@ -11,42 +11,17 @@ Two variants that compute the same in another order of sums are the noise to jud
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from dsv3.config import TrainConfig, require
+from dsv3.config import TrainConfig
 from dsv3.train.metrics import read_metrics
 from dsv3.train.plots import smoothed
 
 LAST = 0.1  # share of the steps, at the end, over which figures are averaged
 CURVE = 10  # steps that a point of a curve is the mean of
-
-
-class Comparison(NamedTuple):
-    """What the file of an experiment asks to compare.
-
-    variants: name -> overrides of its config; baselines: a variant -> the one to compare it with; noise: the variant
-    that differs from its baseline in rounding only, or None.
-    """
-
-    variants: dict[str, dict[str, str]]
-    baselines: dict[str, str]
-    noise: str | None
-
-    @classmethod
-    def of(cls, module: ModuleType, path: str) -> "Comparison":
-        """`VARIANTS`, `BASELINES` and `NOISE` of a config file. Raises `UserError` for missing or unknown names."""
-        missing = [name for name in ("VARIANTS", "BASELINES", "NOISE") if not hasattr(module, name)]
-        require(not missing, f"--config={path} defines no {' and no '.join(missing)}; see configs/ablation.py")
-        comparison = cls(module.VARIANTS, module.BASELINES, module.NOISE)
-        named = {*comparison.baselines, *comparison.baselines.values()} - {*comparison.variants}
-        require(not named, f"BASELINES of --config={path} names {', '.join(sorted(named))}, not among VARIANTS")
-        require(comparison.noise is None or comparison.noise in comparison.baselines,
-                f"NOISE of --config={path} is {comparison.noise!r}, which has no baseline in BASELINES")
-        return comparison
 
 
 class Trained(NamedTuple):
@@ -153,12 +128,13 @@ def curves(run: Trained, difference: np.ndarray | None) -> dict[str, list[float 
 
 
 def plot_comparison(
-    runs: Mapping[str, Mapping[str, Trained]], comparison: Comparison, warmup: int, path: Path,
+    runs: Mapping[str, Mapping[str, Trained]], apart: Mapping[tuple[str, str], np.ndarray], noise: str | None,
+    warmup: int, path: Path,
 ) -> None:
-    """Smoothed losses, below them d_t with the range of the noise pair shaded, and MaxVio (mean over the trunk)."""
+    """Smoothed losses, below them d_t (`apart`) with the range of `noise` shaded, and MaxVio (mean over the trunk)."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     panels = figure.subplot_mosaic([["loss", "vio"], ["difference", "vio"]], sharex=True, width_ratios=[3, 2])
-    apart, largest = differences(runs, comparison.baselines), 0.0
+    largest = 0.0
     for number, (name, seeds) in enumerate(runs.items()):
         style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3], linewidth=1)
         for index, (seed, run) in enumerate(seeds.items()):
@@ -170,10 +146,10 @@ def plot_comparison(
             panels["difference"].plot(tokens[:len(difference)][warmup:], difference[warmup:], **style)
             if run.validation is not None:
                 largest = max(largest, np.abs(difference[warmup:]).max(initial=0.0))
-    noise = [np.abs(d[warmup:]).max(initial=0.0) for (name, _), d in apart.items() if name == comparison.noise]
-    if noise:
-        panels["difference"].axhspan(-max(noise), max(noise), color="0.85", zorder=0,
-                                     label=f"{comparison.noise}: at most {max(noise):.3f}%")
+    band = [np.abs(d[warmup:]).max(initial=0.0) for (name, _), d in apart.items() if name == noise]
+    if band:
+        panels["difference"].axhspan(-max(band), max(band), color="0.85", zorder=0,
+                                     label=f"{noise}: at most {max(band):.3f}%")
     if largest:
         panels["difference"].set_ylim(-1.1 * largest, 1.1 * largest)
     panels["loss"].set(ylabel="training loss, EMA 0.9 (nats per token)")

@@ -29,14 +29,16 @@ class Task(NamedTuple):
 def places(count: int, environ: Mapping[str, str], gpus: int) -> list[dict[str, str]]:
     """What the environments of `count` tasks at a time differ in: each sees one of this machine's `gpus` GPUs.
 
-    Of those that CUDA_VISIBLE_DEVICES names, where it is set. Without any GPU they share the CPU. Raises `UserError`
-    for fewer GPUs than tasks.
+    One of those that CUDA_VISIBLE_DEVICES names, where it is set. Without GPUs, where the variable means nothing, they
+    share the CPU. Raises `UserError` for fewer GPUs than tasks.
     """
     visible = environ.get(VISIBLE)
     names = [str(index) for index in range(gpus or count)] if visible is None else [n for n in visible.split(",") if n]
-    require(not gpus or len(names) >= count, f"--jobs={count} needs {count} GPUs, one each, but {len(names)} are "
+    if not gpus and len(names) < count:
+        return [{}] * count
+    require(len(names) >= count, f"--jobs={count} needs {count} GPUs, one each, but {len(names)} are "
             f"visible; lower it, or set {VISIBLE}")
-    return [{VISIBLE: name} for name in names[:count]] if gpus else [{}] * count
+    return [{VISIBLE: name} for name in names[:count]]
 
 
 def gpus_here() -> int:

@@ -2,22 +2,18 @@
 
 import fcntl
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
 
 import pytest
 from processes import ROOT, environment, started, wait_until
 from small_runs import SMALL, read_lines, write_corpus
 
-from dsv3.config import UserError
-from dsv3.config.quant import RECIPES
-from dsv3.train.loop import knobs_at
-from dsv3.train.schedule import batch_sequences
-from experiments import ablate
-from experiments.compare import Comparison
-from experiments.launch import MISTAKE, load_config, load_module
+from experiments.launch import MISTAKE
 
 EXPERIMENT = f"""
 from configs.tiny import get_config as tiny
@@ -124,76 +120,25 @@ def test_processes_that_start_at_once_prepare_the_data_once(arguments, tmp_path)
 
 
 @pytest.mark.slow
+def test_ctrl_c_lets_runs_save_and_the_same_command_continues(arguments, tmp_path):
+    run_0 = tmp_path / "runs" / "base-0"
+    endless = command(*arguments, "--only=base", "--jobs=1", "--config.train.steps=100000")
+    with started(endless, tmp_path / "output", **SMALL_COMPILER) as pool:
+        wait_until(lambda: (run_0 / "metrics.jsonl").exists() and (run_0 / "metrics.jsonl").stat().st_size > 0, 90,
+                   "the first steps are logged")
+        os.kill(pool.pid, signal.SIGINT)
+        assert pool.wait(30) == 0
+    assert "stopped; the same command continues" in (tmp_path / "output").read_text()
+    reached = int(re.search(r"stopped after step (\d+), saved", (run_0 / "log.txt").read_text())[1])
+    more = run(*arguments, "--only=base", f"--config.train.steps={reached + 1}")
+    assert more.returncode == 0 and more.stdout.splitlines()[1].startswith("base "), more.stderr
+    steps = [line["step"] for line in read_lines(run_0 / "metrics.jsonl") if "loss" in line]
+    assert steps == list(range(1, reached + 2))
+
+
+@pytest.mark.slow
 def test_data_that_cannot_be_prepared_is_one_error(arguments, tmp_path):
     failed = run(*arguments[:-1], f"--config.data.sources.0.files={tmp_path / 'nowhere'}", "--jobs=3")
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert failed.returncode == 1 and len(errors) == 1
     assert errors[0].startswith("error: data exited with status 2: ") and "does not exist" in errors[0]
-
-
-CONFIGS = ("ablation", "fp8", "fp8_rates")
-
-
-def planned(name, workdir, seeds=("0",)):
-    path = f"configs/{name}.py"
-    comparison = Comparison.of(load_module(path), path)
-    return ablate.plan(load_config(path, []), comparison, workdir, seeds)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_variant_is_a_config_with_a_directory_of_its_own(name, tmp_path):
-    runs = planned(name, tmp_path, ("0", "1"))
-    assert len({run.directory for run in runs}) == len({run.config for run in runs}) == len(runs)
-    assert {run.config.data for run in runs} == {runs[0].config.data}
-    assert all("," not in run.directory.name and " " not in run.directory.name for run in runs)
-
-
-def test_all_recipes_are_compared_and_noise_is_another_order_of_the_same(tmp_path):
-    runs = {run.variant: run.config for run in planned("fp8", tmp_path)}
-    assert {config.quant for config in runs.values()} == set(RECIPES)
-    train, other = runs["bf16"].train, runs["bf16, other order"].train
-    assert train.micro_batch_size == 32 and other == replace(train, micro_batch_size=16)
-
-
-def test_fp8_trains_small_moe_with_the_schedules_of_its_run():
-    """That of docs/results.md, whose command these overrides are."""
-    fp8 = load_config("configs/fp8.py", [])
-    small = load_config("configs/small_moe.py", [
-        "train.steps=1530", "train.warmup_steps=100", "train.learning_rate.0.until=6e7",
-        "train.learning_rate.1.until=1.02e8", "train.bias_update_speed.0.start=0.01",
-        "train.bias_update_speed.0.end=0.002", "train.bias_update_speed.0.shape=linear",
-        "train.bias_update_speed.0.until=1e8"])
-    assert (fp8.model, fp8.data, fp8.mesh, fp8.train.optimizer) == (
-        small.model, small.data, small.mesh, small.train.optimizer)
-    at = lambda config, step: knobs_at(config, step, step * 32 * 2048)
-    assert [at(fp8, step) for step in range(1530)] == [at(small, step) for step in range(1530)]
-    assert [batch_sequences(fp8.train, step * 65536) for step in range(1530)] == [32] * 1530
-    assert 1e8 < fp8.train.steps * 32 * 2048 < 1.01e8
-
-
-@pytest.mark.parametrize("factor", [0.5, 1, 2])
-def test_a_rate_of_the_sweep_scales_the_whole_schedule(factor, tmp_path):
-    runs = {run.variant: run.config for run in planned("fp8_rates", tmp_path)}
-    plain = load_config("configs/fp8_rates.py", [])
-    for quant in ("bf16", "fp8"):
-        config = runs[f"{quant}, rate x {factor}"]
-        assert config.quant == quant
-        for step in (0, 50, 200, 400, 509):
-            rates = [float(knobs_at(c, step, step * 65536).learning_rate) for c in (config, plain)]
-            assert rates[0] == pytest.approx(factor * rates[1], rel=1e-6)
-
-
-def test_runs_are_chosen_by_the_names_of_their_directories(tmp_path):
-    runs = planned("fp8", tmp_path, ("0", "1"))
-    assert ablate.chosen(runs, None) == runs and ablate.chosen(runs, []) == []
-    names = [run.directory.name for run in ablate.chosen(runs, ["fp8_direct", "bf16_other_order"])]
-    assert names == ["bf16_other_order-0", "fp8_direct-0", "bf16_other_order-1", "fp8_direct-1"]
-    with pytest.raises(UserError, match="no variant 'fp8_dirct'; did you mean 'fp8_direct'"):
-        ablate.chosen(runs, ["fp8", "fp8_dirct"])
-
-
-def test_seeds_of_other_starts_are_found(tmp_path):
-    comparison = Comparison({"a": {}, "b, c": {}}, {}, None)
-    for name in ("a-3", "b_c-10", "a-x", "other-7", "a"):
-        (tmp_path / name).mkdir()
-    assert ablate.seeds_of(comparison, tmp_path, ["0", "3"]) == ["0", "3", "10"]

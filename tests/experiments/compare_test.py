@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,18 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tiny_models import train_config
 
-from dsv3.config import UserError
 from dsv3.train.plots import smoothed
-from experiments.compare import (
-    Comparison,
-    Trained,
-    curves,
-    differences,
-    figures,
-    plot_comparison,
-    read_run,
-    relative_difference,
-)
+from experiments.compare import Trained, curves, differences, figures, plot_comparison, read_run, relative_difference
 from experiments.report import ablation_table
 
 LOSSES = arrays(np.float64, st.integers(1, 40), elements=st.floats(0.5, 20))
@@ -148,34 +137,14 @@ def test_the_table_and_the_picture_show_what_diverged(tmp_path):
         "same": {"0": write_run(tmp_path / "same", losses(0) * 1.002)},
         "wild": {"0": write_run(tmp_path / "wild", losses(1, 8), bad=(6, 7, 8), validated=False)},
     }
-    comparison = Comparison({name: {} for name in runs}, {"same": "base", "wild": "base"}, "same")
-    apart = differences(runs, comparison.baselines)
+    apart = differences(runs, {"same": "base", "wild": "base"})
     table = ablation_table({name: {seed: figures(run, apart.get((name, seed)), 2) for seed, run in seeds.items()}
                             for name, seeds in runs.items()})
     base, same, wild = table.splitlines()[1:]
     assert " ± " in base and " ± " not in same and same.split()[2:5] == ["1.250", "0.200", "0.200"]
     assert wild.endswith("diverged at step 6 (seed 0)") and wild.split()[1] == "-"
-    plot_comparison(runs, comparison, 2, tmp_path / "plot.png")
+    plot_comparison(runs, apart, "same", 2, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def module(**changes):
-    return SimpleNamespace(**dict(VARIANTS={"a": {}, "b": {}}, BASELINES={"b": "a"}, NOISE=None) | changes)
-
-
-@pytest.mark.parametrize("changes, words", [
-    (dict(BASELINES={"c": "a"}), "names c, not among VARIANTS"),
-    (dict(BASELINES={"b": "d"}), "names d, not among VARIANTS"),
-    (dict(NOISE="a"), "NOISE .* is 'a'"),
-])
-def test_what_a_comparison_may_not_say(changes, words):
-    with pytest.raises(UserError, match=words):
-        Comparison.of(module(**changes), "file.py")
-
-
-def test_a_file_without_variants_is_refused():
-    with pytest.raises(UserError, match="no VARIANTS and no BASELINES and no NOISE; see configs/ablation.py"):
-        Comparison.of(SimpleNamespace(get_config=None), "file.py")
 
 
 def test_a_run_without_metrics_has_nothing(tmp_path):

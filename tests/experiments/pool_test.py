@@ -105,7 +105,8 @@ def test_a_command_that_cannot_be_started_is_an_error(tmp_path):
 def test_gpus_are_given_one_each():
     assert places(3, {}, gpus=4) == [{VISIBLE: "0"}, {VISIBLE: "1"}, {VISIBLE: "2"}]
     assert places(2, {VISIBLE: "GPU-a,GPU-b,5"}, gpus=8) == [{VISIBLE: "GPU-a"}, {VISIBLE: "GPU-b"}]
-    assert places(2, {}, gpus=0) == [{}, {}]
+    assert places(2, {}, gpus=0) == places(2, {}, gpus=2)  # some that could not be counted
+    assert places(2, {VISIBLE: ""}, gpus=0) == [{}, {}]
     for environ, gpus in (({}, 1), ({VISIBLE: "3"}, 8), ({VISIBLE: ""}, 8)):
         with pytest.raises(UserError, match="--jobs=2 needs 2 GPUs, one each"):
             places(2, environ, gpus)
