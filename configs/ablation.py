@@ -40,6 +40,8 @@ VARIANTS = {
                      "train.balance_alpha": "0"},
     "bias, no MTP": {"train.mtp_lambda.0.start": "0", "train.mtp_lambda.0.end": "0"},
 }
+BASELINES = {name: "bias" for name in VARIANTS if name != "bias"}
+NOISE = None
 
 
 def get_config() -> Config:

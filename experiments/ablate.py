@@ -1,84 +1,153 @@
 """Train the variants of a config on the same data in the same order and compare them.
 
-python -m experiments.ablate --config=configs/ablation.py --workdir=runs/ablation [--seeds=0,1] [--config.FIELD=VALUE]
+python -m experiments.ablate --config=configs/ablation.py --workdir=runs/ablation [--seeds=0,1] [--jobs=N]
+    [--only=NAME,NAME] [--summary] [--config.FIELD=VALUE]
 
-The config file lists its `VARIANTS`: name -> overrides. Every variant is trained with every seed (of the weights) in
-WORKDIR/VARIANT-SEED; all read WORKDIR/data. Writes WORKDIR/ablation.json and ablation.png, and prints a table. The same
-command continues after an interruption.
+The config file lists `VARIANTS` (name -> overrides), `BASELINES` and `NOISE` (`experiments/variants.py`). Every variant
+is trained with every seed (of the weights) in WORKDIR/VARIANT-SEED; all read WORKDIR/data. Writes ablation.json,
+ablation.png and curves.json in WORKDIR of all that has finished, and prints a table. The same command continues after
+an interruption, and leaves alone what has finished or diverged; delete its directory to train it again.
 """
 
 import contextlib
+import fcntl
 import json
-from collections.abc import Sequence
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from absl import flags
 
-from dsv3.config import UserError, override, require
+from dsv3.config import Config, UserError, require
+from dsv3.data.prepare import prepare
 from dsv3.parallel.distributed import is_main
 from dsv3.parallel.ops import make_ops
+from dsv3.train.diagnosis import Diverged
 from dsv3.train.loop import train
-from dsv3.train.metrics import read_metrics
-from dsv3.train.plots import plot_comparison
+from dsv3.train.stopping import Stopped
 from experiments import launch
+from experiments.children import describe
+from experiments.compare import curves, differences, figures, plot_comparison, read_run
+from experiments.pool import Task, gpus_here, places, run_pool
 from experiments.report import ablation_table
+from experiments.variants import Comparison, Run, chosen, plan, seeds_of, short
 
-CONFIG = flags.DEFINE_string("config", None, "Python file with get_config() and VARIANTS", required=True)
+CONFIG = flags.DEFINE_string("config", None, "Python file with get_config(), VARIANTS, BASELINES, NOISE", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of all runs", required=True)
 SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "seeds of the initial weights")
-LAST = 0.1  # share of the steps, at the end, over which figures are averaged
+ONLY = flags.DEFINE_list("only", None, "train these variants, by the names of their directories; none: only the data")
+SUMMARY = flags.DEFINE_bool("summary", False, "train nothing, sum up what has finished")
+JOBS = flags.DEFINE_integer("jobs", None, "train so many variants at a time, a GPU each", lower_bound=1)
+DROP = flags.DEFINE_bool("drop_checkpoints", False, "delete the weights of a variant when it has finished")
 
 
-def share_data(shared: Path, run: Path) -> None:
-    """Let `run` read the data prepared in `shared`; whichever run comes first prepares it."""
-    run.mkdir(parents=True, exist_ok=True)
-    shared.mkdir(exist_ok=True)
-    with contextlib.suppress(FileExistsError):  # from an earlier start, or from another process of the job
-        (run / "data").symlink_to(shared.resolve(), target_is_directory=True)
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """One process at a time. The system lets go of the lock when a process ends, however it does."""
+    with (workdir / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
-def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of one run: losses and the trunk's MaxVio (mean and worst layer) over its last steps, and its validation."""
-    steps = [record for record in records if "loss" in record]
-    last = steps[-max(1, int(LAST * len(steps))):]
-    validation = [record for record in records if "validation_bits_per_byte" in record][-1]
-    trunk = len(last[0]["max_vio"]) - len(last[0]["mtp_loss"])
-    vio_SL = np.array([record["max_vio"][:trunk] for record in last])
-    return {
-        "loss": float(np.mean([record["loss"] for record in last])),
-        "mtp_loss": float(np.mean([record["mtp_loss"] for record in last])),
-        "validation_bits_per_byte": validation["validation_bits_per_byte"],
-        "max_vio": float(vio_SL.mean()), "max_vio_worst_layer": float(vio_SL.mean(axis=0).max()),
-        "validation_max_vio": float(np.mean(validation["validation_max_vio"][:trunk])),
-        "mtp_agreement": validation["validation_mtp_agreement"][0] if validation["validation_mtp_agreement"] else 0.0,
-        "tokens": steps[-1]["tokens"],
-    }
+def prepare_once(config: Config, workdir: Path) -> None:
+    """Whichever process comes first prepares WORKDIR/data; those that start meanwhile wait for it."""
+    with locked(workdir):
+        prepare(config.data, config.train.seq_len, workdir / "data")
+
+
+def train_here(runs: Sequence[Run], workdir: Path) -> None:
+    """One after the other. A run that diverges is a result, not the end of the others."""
+    bundles = {}
+    for run in runs:
+        if run.settled():
+            continue
+        run.directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # from an earlier start, or from another process of the job
+            (run.directory / "data").symlink_to((workdir / "data").resolve(), target_is_directory=True)
+        how = run.config.kernels, run.config.recipe
+        try:
+            train(run.config, run.directory, bundles.setdefault(how, make_ops(*how)))
+        except Diverged as diverged:
+            print(f"{run.directory.name}: {diverged}", file=sys.stderr)
+        except UserError as error:
+            raise UserError(f"variant {run.variant!r}: {error}") from error
+        else:
+            if DROP.value and is_main():
+                shutil.rmtree(run.directory / "checkpoints")
+
+
+def train_in_jobs(runs: Sequence[Run], workdir: Path, overrides: Sequence[str]) -> bool:
+    """In processes of their own, `--jobs` at a time, output in WORKDIR/VARIANT-SEED/log.txt; whether none failed."""
+    command = [sys.executable, "-m", "experiments.ablate", f"--config={CONFIG.value}", f"--workdir={workdir}",
+               f"--drop_checkpoints={DROP.value}", *(launch.PREFIX + text for text in overrides)]
+    tasks = [Task("data", [*command, "--only="], workdir / "log.txt")]
+    for run in runs:
+        if not run.settled():
+            run.directory.mkdir(exist_ok=True)
+            tasks.append(Task(run.directory.name, [*command, f"--seeds={run.seed}", f"--only={short(run.variant)}"],
+                              run.directory / "log.txt"))
+    where, failed = places(JOBS.value, os.environ, gpus_here()), []
+    for some in (tasks[:1], tasks[1:]) if tasks[1:] else ():
+        statuses, stopped = run_pool(some, where)
+        if stopped:
+            raise Stopped("stopped; the same command continues")
+        failed += [task for task in some if statuses[task.name]]
+        for task in failed:
+            last = task.log.read_text("utf-8", "replace").splitlines()[-1:]
+            print(f"error: {task.name} {describe(statuses[task.name])}: {''.join(last)} ({task.log})", file=sys.stderr)
+        if failed:
+            break
+    return not failed
+
+
+def sum_up(runs: Sequence[Run], comparison: Comparison, warmup: int, workdir: Path) -> None:
+    """Write and print what has finished, and name what has not."""
+    found = {name: {} for name in comparison.variants}
+    waiting = []
+    for run in runs:
+        trained = read_run(run.directory, run.config.train)
+        if trained.settled:
+            found[run.variant][run.seed] = trained
+        else:
+            waiting.append(f"{run.directory.name} (step {len(trained.steps)} of {run.config.train.steps})")
+    apart = differences(found, comparison.baselines)
+    each = lambda what: {name: {seed: what(run, apart.get((name, seed))) for seed, run in seeds.items()}
+                         for name, seeds in found.items() if seeds}
+    table = each(lambda run, difference: figures(run, difference, warmup))
+    drawn = {f"{short(name)}-{seed}": curve for name, seeds in each(curves).items() for seed, curve in seeds.items()}
+    if table:
+        with locked(workdir):
+            (workdir / "ablation.json").write_text(json.dumps(table, indent=2) + "\n")
+            (workdir / "curves.json").write_text(json.dumps(drawn) + "\n")
+            plot_comparison({name: seeds for name, seeds in found.items() if seeds}, apart, comparison.noise, warmup,
+                            workdir / "ablation.png")
+        print(ablation_table(table))
+    if waiting:
+        print(f"not finished: {', '.join(waiting)}")
 
 
 def main(overrides: Sequence[str]) -> None:
-    config, module = launch.load_config(CONFIG.value, overrides), launch.load_module(CONFIG.value)
-    require(hasattr(module, "VARIANTS"), f"--config={CONFIG.value} defines no VARIANTS; see configs/ablation.py")
+    config = launch.load_config(CONFIG.value, overrides)
+    comparison = Comparison.of(launch.load_module(CONFIG.value), CONFIG.value)
     require(all(seed.isdigit() for seed in SEEDS.value), f"--seeds={','.join(SEEDS.value)} are not whole numbers")
-    workdir, bundles, runs = Path(WORKDIR.value), {}, {}
-    for seed in SEEDS.value:
-        for name, changes in module.VARIANTS.items():
-            run = workdir / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
-            share_data(workdir / "data", run)
-            try:
-                variant = override(config, changes | {"train.seed": seed})
-                how = variant.kernels, variant.recipe
-                train(variant, run, bundles.setdefault(how, make_ops(*how)))
-            except UserError as error:
-                raise UserError(f"variant {name!r}: {error}") from error
-            runs.setdefault(name, []).append(list(read_metrics(run / "metrics.jsonl")))
-    if not is_main():
-        return
-    figures = {name: [summary(records) for records in seeds] for name, seeds in runs.items()}
-    (workdir / "ablation.json").write_text(json.dumps(figures, indent=2) + "\n")
-    plot_comparison(runs, workdir / "ablation.png")
-    print(ablation_table(figures))
+    workdir = Path(WORKDIR.value)
+    todo = chosen(plan(config, comparison, workdir, SEEDS.value), ONLY.value)
+    whole = True
+    if not SUMMARY.value:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if JOBS.value is not None and todo:
+            whole = train_in_jobs(todo, workdir, overrides)
+        else:
+            if is_main():
+                prepare_once(config, workdir)
+            train_here(todo, workdir)
+    if SUMMARY.value or JOBS.value is not None or is_main():  # the first two leave the GPU to others
+        runs = plan(config, comparison, workdir, seeds_of(comparison, workdir, SEEDS.value))
+        sum_up(runs, comparison, config.train.warmup_steps, workdir)
+    if not whole:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

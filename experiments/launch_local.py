@@ -7,8 +7,6 @@ python -m experiments.launch_local --processes=4 -- python -m experiments.pretra
 Rank 0 writes to the terminal, every rank to LOGS/ATTEMPT/rank_N.log. SIGTERM and SIGINT go to all ranks.
 """
 
-import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -24,6 +22,7 @@ from typing import NamedTuple
 from absl import flags
 
 from dsv3.config import UserError, require
+from experiments.children import POLL_SECONDS, Stop, describe, send, start
 from experiments.launch import MISTAKE, fail, parse_flags
 
 PROCESSES = flags.DEFINE_integer("processes", None, "how many processes the job has", required=True, lower_bound=1)
@@ -39,9 +38,7 @@ DEVICES = flags.DEFINE_integer("devices_per_process", None, "CPU devices that ea
 GPUS = flags.DEFINE_integer("gpus_per_process", None, "GPUs that each process sees, its own", lower_bound=1)
 LOGS = flags.DEFINE_string("logs", None, "directory where the ranks' output goes; default: a new temporary directory")
 
-POLL_SECONDS = 0.05
 LAST_LINES = 12
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Failure(NamedTuple):
@@ -55,11 +52,6 @@ class Failure(NamedTuple):
 def say(text: str) -> None:
     """One line an event."""
     print(f"launch_local: {text}", file=sys.stderr, flush=True)
-
-
-def describe(status: int) -> str:
-    """An exit status in words: 'exited with status 3', 'was killed by SIGKILL'."""
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
 
 
 def free_port() -> int:
@@ -93,14 +85,6 @@ def gpus(rank: int, each: int, processes: int, environ) -> list[str]:
     return names[rank * each:(rank + 1) * each]
 
 
-def die_with(supervisor: int) -> None:
-    """Ask Linux to kill this process when `supervisor`, its parent, dies: nobody else would stop an orphaned rank."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != supervisor:  # it died before the request
-            os._exit(1)
-
-
 class Job:
     """The processes of one attempt, each the leader of a process group. Use as a context manager: none outlives it."""
 
@@ -109,17 +93,13 @@ class Job:
         self.logs = [log_dir / f"rank_{rank}.log" for rank in range(PROCESSES.value)]
         self._ranks: list[subprocess.Popen] = []
         self._shown = 0
-        port, supervisor = free_port(), os.getpid()
+        port = free_port()
         for rank, log in enumerate(self.logs):
-            environ = environment(rank, port)
-            with log.open("wb") as output:
-                try:
-                    self._ranks.append(subprocess.Popen(
-                        command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                        start_new_session=True, preexec_fn=lambda: die_with(supervisor)))
-                except OSError as error:
-                    self.signal(signal.SIGKILL)
-                    raise UserError(f"cannot start {command[0]!r}: {error.strerror}") from error
+            try:
+                self._ranks.append(start(command, environment(rank, port), log))
+            except UserError:
+                self.signal(signal.SIGKILL)
+                raise
 
     def __enter__(self) -> "Job":
         return self
@@ -136,9 +116,7 @@ class Job:
 
     def signal(self, number: int) -> None:
         """To every process of every rank."""
-        for rank in self._ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(rank.pid, number)
+        send(number, self._ranks)
 
     def show(self) -> None:
         """Copy what rank 0 has written since the last call to the terminal."""
@@ -169,24 +147,6 @@ class Job:
         while None in self.statuses() and time.monotonic() < end:
             self.show()
             time.sleep(POLL_SECONDS)
-
-
-class Stop:
-    """SIGTERM and SIGINT, noted instead of obeyed: `number` is the last one, None so far."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.number = number
-
-    def sleep(self, seconds: float) -> None:
-        """So long, or until a signal."""
-        end = time.monotonic() + seconds
-        while self.number is None and time.monotonic() < end:
-            time.sleep(min(POLL_SECONDS, seconds))
 
 
 def attempt(command: Sequence[str], log_dir: Path, stop: Stop) -> Failure | None:
@@ -220,7 +180,7 @@ def supervise(command: Sequence[str], log_dir: Path) -> int:
     stop, restarts = Stop(), 0
     for number in range(sys.maxsize):
         say(f"starting {PROCESSES.value} processes, output in {log_dir / str(number)}")
-        start = time.monotonic()
+        begun = time.monotonic()
         failure = attempt(command, log_dir / str(number), stop)
         if failure is None:
             say("all ranks ended with status 0")
@@ -230,7 +190,7 @@ def supervise(command: Sequence[str], log_dir: Path) -> int:
             say(f"not started again after {signal.Signals(stop.number).name}: "
                 f"rank {failure.rank} {describe(failure.status)}")
             return status
-        if time.monotonic() - start >= HEALTHY_SECONDS.value:
+        if time.monotonic() - begun >= HEALTHY_SECONDS.value:
             restarts = 0
         if failure.status == MISTAKE or restarts == MAX_RESTARTS.value:
             lines = failure.log.read_text("utf-8", "replace").splitlines()[-LAST_LINES:]

@@ -33,16 +33,29 @@ def cleaning_table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def ablation_table(figures: dict[str, list[dict]]) -> str:
-    """A row a variant: every figure as the mean over seeds, and half the range between them."""
-    columns = {"loss": "loss", "validation_bits_per_byte": "bits/byte", "max_vio": "MaxVio",
-               "max_vio_worst_layer": "worst layer", "validation_max_vio": "validation", "mtp_agreement": "MTP agrees"}
-    width = max(map(len, figures))
-    lines = [" " * width + "".join(f"{title:>17}" for title in columns.values())]
+def ablation_table(figures: dict[str, dict[str, dict]]) -> str:
+    """A row a variant: every figure as the mean over its seeds, with half the range between them if there are several.
+
+    Relative differences are percent of the baseline's loss (`experiments/compare.py`).
+    """
+    columns = {
+        "loss": ("loss", ".3f"), "validation_bits_per_byte": ("bits/byte", ".3f"),
+        "relative_largest": ("largest %", ".3f"), "relative_mean": ("mean %", ".3f"), "max_vio": ("MaxVio", ".2f"),
+        "max_vio_worst_layer": ("worst layer", ".2f"), "mtp_agreement": ("MTP agrees", ".2f"),
+        "tokens_per_second": ("tokens/s", ",.0f")}
+    rows = [["", *(title for title, _ in columns.values()), ""]]
     for name, seeds in figures.items():
         cells = []
-        for column in columns:
-            values = [seed[column] for seed in seeds]
-            cells.append(f"{sum(values) / len(values):.3f} ± {(max(values) - min(values)) / 2:.3f}")
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>17}" for cell in cells))
+        for column, (_, form) in columns.items():
+            values = [seed[column] for seed in seeds.values() if seed.get(column) is not None]
+            spread = f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):{form}}{spread}" if values else "-")
+        ends = [f"diverged at step {found['diverged']} (seed {seed})"
+                for seed, found in seeds.items() if found["diverged"] is not None]
+        rows.append([name, *cells, ", ".join(ends)])
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells, ends in rows:
+        right = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:-1], strict=True)]
+        lines.append("  ".join([f"{name:<{widths[0]}}", *right, ends]).rstrip())
     return "\n".join(lines)

@@ -78,7 +78,8 @@ def _item(annotation: Any) -> Any:
     return next((typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple), None)
 
 
-def _nearest(name: str, options: list[str]) -> str:
+def nearest(name: str, options: list[str]) -> str:
+    """The end of an error about an unknown `name`: the option it is nearest to, or all of them."""
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
     return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(options)}"
 
@@ -99,7 +100,7 @@ def _replace(node: Any, annotation: Any, overrides: Mapping[tuple[str, ...], str
     for (head, *rest), text in overrides.items():
         if head not in children:
             where = f"config.{path}" if path else "config"
-            raise UserError(f"{where} has no field {head!r}; {_nearest(head, list(children))}")
+            raise UserError(f"{where} has no field {head!r}; {nearest(head, list(children))}")
         groups.setdefault(head, {})[tuple(rest)] = text
     changed = {
         name: _replace(*children[name], group, f"{path}.{name}".strip("."))

@@ -12,11 +12,16 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from dsv3.config import UserError
 from dsv3.model.batch import Batch
 from dsv3.model.feed_forward import MLP, MoE
 from dsv3.model.mla import MLA
 from dsv3.model.mtp import MTP, mtp_inputs
 from dsv3.model.transformer import Transformer
+
+
+class Diverged(UserError):
+    """The guard has ended a run: too many steps in a row whose loss or gradient is not finite."""
 
 
 def _finite(array: jax.Array, *, stacked: bool = False) -> jax.Array:

@@ -25,7 +25,7 @@ from dsv3.parallel.fingerprint import check_replicas
 from dsv3.parallel.mesh import make_mesh, on_one_device, place_like, place_local
 from dsv3.train import schedule
 from dsv3.train.checkpoint import Checkpoint, Checkpoints, Description, Progress
-from dsv3.train.diagnosis import first_nonfinite
+from dsv3.train.diagnosis import Diverged, first_nonfinite
 from dsv3.train.ema import HostEMA, initial_average
 from dsv3.train.metrics import MetricsWriter, read_metrics, step_record
 from dsv3.train.numerics import NumericsWriter, numerics
@@ -133,7 +133,7 @@ def train(
     Writes `config.json`, `data/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `loss.png`, `expert_load.png`; with
     `train.numerics_every` also `numerics.jsonl`, measured by the bundle `watching` (`model/watching_ops.py`).
     Every process of a job calls it alike; process 0 writes. Raises `Stopped` after SIGTERM, with everything saved, and
-    `UserError` when the run cannot go on: too many bad steps in a row, or replicas that disagree.
+    `UserError` when the run cannot go on: too many bad steps in a row (`Diverged`), or replicas that disagree.
     """
     require(config.train.numerics_every is None or watching is not None, "train.numerics_every is "
             f"{config.train.numerics_every}, but this program has no bundle that measures; set it to None")
@@ -304,7 +304,7 @@ class _Run:
             self.writer.write(*records)
 
     def check_bad_steps(self, state: TrainState, records: list[dict[str, Any]]) -> None:
-        """Raise `UserError` naming the culprit after too many non-finite steps in a row. The weights are still good."""
+        """Raise `Diverged`, naming the culprit, after too many bad steps in a row. The weights are still good."""
         record = max(records, key=lambda record: record["bad_steps_in_a_row"])
         if record["bad_steps_in_a_row"] < self.config.train.guard.max_bad_steps:
             return
@@ -313,9 +313,9 @@ class _Run:
                                   self.config.data.segment_ids) for micro in range(len(self.batches.tokens_BT)))
         place = next((name for name in places if name), "nothing that a second look at the batch shows")
         saved = max(self.checkpoints.steps(), default=None)
-        raise UserError(f"{record['bad_steps_in_a_row']} steps in a row up to step {record['step']} had a loss or "
-                        f"gradient that is not finite; first: {place}. None of them changed a weight; "
-                        + ("there is no checkpoint yet" if saved is None else f"the newest checkpoint is step {saved}"))
+        raise Diverged(f"{record['bad_steps_in_a_row']} steps in a row up to step {record['step']} had a loss or "
+                       f"gradient that is not finite; first: {place}. None of them changed a weight; "
+                       + ("there is no checkpoint yet" if saved is None else f"the newest checkpoint is step {saved}"))
 
     def measure(self, state: TrainState, step: int, progress: Progress) -> None:
         """What formats do to the operands of the last step's first micro-batch, with the weights after it."""

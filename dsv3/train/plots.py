@@ -1,5 +1,6 @@
 """Pictures of a run, drawn from its `metrics.jsonl`: the loss curve and the load of every expert over time."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from matplotlib.figure import Figure
 
 
 def smoothed(values: Sequence[float], decay: float = 0.9) -> np.ndarray:
-    """Exponential moving average, corrected for its start."""
+    """Exponential moving average, corrected for its start. A value that is not finite leaves it as it was."""
     average, weight, out = 0.0, 0.0, []
     for value in values:
-        average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
-        out.append(average / weight)
+        if math.isfinite(value):
+            average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(average / weight if weight else math.nan)
     return np.array(out)
 
 
@@ -62,28 +64,4 @@ def plot_expert_load(records: Sequence[dict[str, Any]], path: Path, columns: int
         panel.set_ylabel(f"MoE layer {layer}\nexpert")
     panels[-1].set_xlabel("step")
     figure.colorbar(image, ax=panels.tolist(), label="load / mean load")
-    figure.savefig(path, dpi=120)
-
-
-def plot_comparison(runs: dict[str, Sequence[Sequence[dict[str, Any]]]], path: Path) -> None:
-    """Loss relative to the first variant's, and MaxVio (mean over the trunk), of every seed of every variant."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps_of = lambda records: [record for record in records if "loss" in record]
-    baselines = [smoothed([r["loss"] for r in steps_of(records)]) for records in next(iter(runs.values()))]
-    for color, (name, seeds) in enumerate(runs.items()):
-        for index, (records, baseline) in enumerate(zip(seeds, baselines, strict=True)):
-            steps = steps_of(records)
-            tokens = [record["tokens"] / 1e6 for record in steps]
-            label = name if index == 0 else None
-            left.plot(tokens, smoothed([r["loss"] for r in steps]) - baseline, color=f"C{color}", label=label)
-            trunk = len(steps[0]["max_vio"]) - len(steps[0]["mtp_loss"])
-            vio = smoothed([np.mean(r["max_vio"][:trunk]) for r in steps])
-            right.plot(tokens, vio, color=f"C{color}", label=label)
-    left.set(xlabel="million tokens", title="Loss",
-             ylabel=f"loss minus that of \"{next(iter(runs))}\", same seed (nats)")
-    right.set(xlabel="million tokens", ylabel="MaxVio, mean over layers", title="Load balance", yscale="log")
-    left.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

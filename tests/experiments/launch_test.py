@@ -55,6 +55,9 @@ def one_line(stderr):
     ("pretrain", ["--config=configs/tiny.py", "--workdir=unused", "--config.train.stepz=3"], "did you mean 'steps'"),
     ("pretrain", ["--config=configs/tiny.py", "--workdir=setup.cfg/run"], "--workdir"),
     ("generate", ["--workdir=nowhere"], "holds no checkpoint"),
+    ("ablate", ["--config=configs/fp8.py", "--workdir=unused", "--only=fp8_block_gradient"],
+     "did you mean 'fp8_block_gradients'"),
+    ("ablate", ["--config=configs/tiny.py", "--workdir=unused"], "defines no VARIANTS"),
     ("generate", ["--workdr=runs/tiny"], "workdr"),
 ])
 def test_a_mistake_is_one_line_and_an_exit_status_of_its_own(module, arguments, words):

@@ -1,0 +1,83 @@
+"""The variants that a config file asks to compare, and the run of each with each seed."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from dsv3.config import Config, UserError, from_dict, override, require
+from dsv3.config.schema import nearest
+from experiments.compare import read_run
+
+
+class Comparison(NamedTuple):
+    """What the file of an experiment asks to compare.
+
+    variants: name -> overrides of its config; baselines: a variant -> the one to compare it with; noise: the variant
+    that differs from its baseline in rounding only, or None.
+    """
+
+    variants: dict[str, dict[str, str]]
+    baselines: dict[str, str]
+    noise: str | None
+
+    @classmethod
+    def of(cls, module: ModuleType, path: str) -> "Comparison":
+        """`VARIANTS`, `BASELINES` and `NOISE` of a config file. Raises `UserError` for missing or unknown names."""
+        missing = [name for name in ("VARIANTS", "BASELINES", "NOISE") if not hasattr(module, name)]
+        require(not missing, f"--config={path} defines no {' and no '.join(missing)}; see configs/ablation.py")
+        comparison = cls(module.VARIANTS, module.BASELINES, module.NOISE)
+        named = {*comparison.baselines, *comparison.baselines.values()} - {*comparison.variants}
+        require(not named, f"BASELINES of --config={path} names {', '.join(sorted(named))}, not among VARIANTS")
+        require(comparison.noise is None or comparison.noise in comparison.baselines,
+                f"NOISE of --config={path} is {comparison.noise!r}, which has no baseline in BASELINES")
+        return comparison
+
+
+class Run(NamedTuple):
+    """One variant with one seed."""
+
+    variant: str
+    seed: str
+    config: Config
+    directory: Path
+
+    def settled(self) -> bool:
+        """Whether it has finished or diverged with this very config."""
+        file = self.directory / "config.json"
+        return (read_run(self.directory, self.config.train).settled and file.exists()
+                and from_dict(Config, json.loads(file.read_text())) == self.config)
+
+
+def short(name: str) -> str:
+    """A variant's name as its directory has it."""
+    return name.replace(" ", "_").replace(",", "")
+
+
+def plan(config: Config, comparison: Comparison, workdir: Path, seeds: Sequence[str]) -> list[Run]:
+    """All runs, seed by seed. Raises `UserError` for an override that a config refuses."""
+    runs = []
+    for seed in seeds:
+        for name, changes in comparison.variants.items():
+            try:
+                variant = override(config, changes | {"train.seed": seed})
+            except UserError as error:
+                raise UserError(f"variant {name!r}: {error}") from error
+            runs.append(Run(name, seed, variant, workdir / f"{short(name)}-{seed}"))
+    return runs
+
+
+def seeds_of(comparison: Comparison, workdir: Path, seeds: Sequence[str]) -> list[str]:
+    """`seeds`, and those of other starts that have left runs."""
+    names = [run.name.rpartition("-") for run in workdir.glob("*-*")]
+    found = {seed for name, _, seed in names if name in map(short, comparison.variants) and seed.isdigit()}
+    return sorted({*seeds, *found}, key=int)
+
+
+def chosen(runs: Sequence[Run], only: Sequence[str] | None) -> list[Run]:
+    """Those of the variants named; all for None."""
+    names = list(dict.fromkeys(short(run.variant) for run in runs))
+    for name in only or ():
+        require(short(name) in names, f"--only: there is no variant {name!r}; {nearest(short(name), names)}")
+    return [run for run in runs if only is None or short(run.variant) in map(short, only)]

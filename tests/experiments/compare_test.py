@@ -1,0 +1,151 @@
+"""Differences between runs against plain NumPy sums, and what a run's metrics say about its end."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from tiny_models import train_config
+
+from dsv3.train.plots import smoothed
+from experiments.compare import Trained, curves, differences, figures, plot_comparison, read_run, relative_difference
+from experiments.report import ablation_table
+
+LOSSES = arrays(np.float64, st.integers(1, 40), elements=st.floats(0.5, 20))
+TRAIN = train_config(steps=30, guard=dict(max_bad_steps=3))
+
+
+def ema(losses):
+    """EMA 0.9 as a weighted mean over all steps so far, written out."""
+    out = []
+    for end in range(1, len(losses) + 1):
+        weights = 0.9 ** np.arange(end - 1, -1, -1, dtype=np.float64)
+        out.append(np.sum(weights * losses[:end]) / np.sum(weights))
+    return np.array(out)
+
+
+@given(LOSSES)
+def test_smoothing_is_the_weighted_mean(losses):
+    np.testing.assert_allclose(smoothed(losses), ema(losses), rtol=1e-12)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_average_as_it_was():
+    found = smoothed([math.nan, 2.0, math.nan, math.inf, 3.0])
+    assert math.isnan(found[0])
+    np.testing.assert_allclose(found[1:], ema([2.0, 3.0])[[0, 0, 0, 1]], rtol=1e-12)
+
+
+@given(LOSSES, LOSSES)
+def test_relative_differences_are_those_of_the_averages(ours, theirs):
+    both = min(len(ours), len(theirs))
+    expected = 100 * (ema(ours)[:both] - ema(theirs)[:both]) / ema(theirs)[:both]
+    np.testing.assert_allclose(relative_difference(ours, theirs), expected, rtol=1e-9, atol=1e-10)
+
+
+@given(LOSSES, st.floats(-0.5, 0.5))
+def test_a_loss_that_is_larger_by_a_share_differs_by_that_share(losses, share):
+    np.testing.assert_allclose(relative_difference(losses * (1 + share), losses), 100 * share, atol=1e-9)
+
+
+def write_run(directory, losses, *, bad=(), validated=True):
+    """A run of these losses by step, the steps `bad` without a finite one, as the loop would have logged them."""
+    directory.mkdir(parents=True)
+    lines, streak = [], 0
+    for step, loss in enumerate(losses, start=1):
+        streak = streak + 1 if step in bad else 0
+        record = {"step": step, "tokens": 64 * step, "loss": None if step in bad else float(loss), "mtp_loss": [2.0],
+                  "max_vio": [1.0, 3.0, 50.0], "bad_steps_in_a_row": streak}
+        lines.append(record | ({"tokens_per_second": 100.0 + step} if step % 10 == 0 else {}))
+    if validated:
+        lines.append({"step": len(losses), "tokens": 64 * len(losses), "validation_bits_per_byte": 1.25,
+                      "validation_mtp_agreement": [0.5], "validation_max_vio": [1.0, 2.0, 99.0]})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read_run(directory, TRAIN)
+
+
+def losses(seed, steps=30):
+    return 3 + np.random.default_rng(seed).uniform(size=steps)
+
+
+def test_figures_of_a_finished_run(tmp_path):
+    """Warm-up is left out of the differences, the MTP module out of MaxVio; the last tenth counts."""
+    ours, theirs = losses(0), losses(1)
+    ours[:4] = 1000  # within the warm-up; the average forgets it slowly
+    run, baseline = write_run(tmp_path / "a", ours), write_run(tmp_path / "b", theirs)
+    apart = differences({"a": {"0": run}, "b": {"0": baseline}}, {"a": "b"})
+    expected = np.abs(100 * (ema(ours) / ema(theirs) - 1))[20:]
+    found = figures(run, apart["a", "0"], warmup=20)
+    assert found["relative_largest"] == pytest.approx(expected.max())
+    assert found["relative_mean"] == pytest.approx(expected.mean())
+    assert found["relative_final"] == pytest.approx(expected[-1])
+    assert found["loss"] == pytest.approx(ours[-3:].mean())
+    assert found["tokens_per_second"] == 120 and found["tokens"] == 64 * 30 and found["diverged"] is None
+    assert (found["max_vio"], found["max_vio_worst_layer"], found["validation_max_vio"]) == (2.0, 3.0, 1.5)
+    alone = figures(baseline, None, warmup=20)
+    assert alone["relative_largest"] is None and alone["loss"] == pytest.approx(theirs[-3:].mean())
+
+
+def test_a_warm_up_as_long_as_the_run_leaves_nothing_to_compare(tmp_path):
+    run = write_run(tmp_path / "a", losses(0))
+    assert figures(run, relative_difference(run.loss(), run.loss()), warmup=30)["relative_largest"] is None
+
+
+def test_where_a_run_diverged(tmp_path):
+    """The first of the streak that ended it; single bad steps before are borne."""
+    run = write_run(tmp_path / "a", losses(0, 16), bad=(3, 9, 10, 14, 15, 16), validated=False)
+    assert run.diverged == 14 and run.settled and run.validation is None
+    baseline = write_run(tmp_path / "b", losses(1))
+    apart = differences({"a": {"0": run}, "b": {"0": baseline}}, {"a": "b"})["a", "0"]
+    assert len(apart) == 13 and np.isfinite(apart).all()
+    found = figures(run, apart, warmup=5)
+    assert found["diverged"] == 14 and "loss" not in found and found["relative_largest"] == np.abs(apart[5:]).max()
+
+
+@pytest.mark.parametrize("steps, bad, validated", [
+    (16, (), False), (16, (15, 16), False), (16, (), True), (0, (), False)])
+def test_a_run_that_is_under_way_is_not_settled(tmp_path, steps, bad, validated):
+    """Nor is one that was validated at another step than the last, or that has not begun."""
+    assert not write_run(tmp_path / "a", losses(0, steps), bad=bad, validated=validated).settled
+
+
+def test_a_run_is_compared_with_the_same_seed_of_a_finished_baseline(tmp_path):
+    done = {seed: write_run(tmp_path / f"done-{seed}", losses(seed)) for seed in (0, 1)}
+    half = write_run(tmp_path / "half", losses(2, 16), validated=False)
+    runs = {"a": {"0": done[0], "1": done[1], "2": done[0]}, "b": {"0": done[1], "1": half}}
+    apart = differences(runs, {"a": "b", "missing": "b"})
+    assert set(apart) == {("a", "0")}
+    np.testing.assert_array_equal(apart["a", "0"], relative_difference(done[0].loss(), done[1].loss()))
+
+
+def test_curves_are_means_over_ten_steps(tmp_path):
+    run = write_run(tmp_path / "a", losses(0, 25), bad=(*range(11, 21), 22), validated=False)
+    found = curves(run, np.arange(25.0))
+    assert found["tokens"] == [640, 1280]
+    assert found["loss"] == [pytest.approx(losses(0)[:10].mean(), abs=1e-5), None]
+    assert found["relative_difference_percent"] == [4.5, 14.5]
+    assert found["max_vio"] == [2.0, 2.0]
+    json.dumps(found, allow_nan=False)
+    assert "relative_difference_percent" not in curves(run, None)
+
+
+def test_the_table_and_the_picture_show_what_diverged(tmp_path):
+    runs = {
+        "base": {"0": write_run(tmp_path / "base", losses(0)), "1": write_run(tmp_path / "base1", losses(3))},
+        "same": {"0": write_run(tmp_path / "same", losses(0) * 1.002)},
+        "wild": {"0": write_run(tmp_path / "wild", losses(1, 8), bad=(6, 7, 8), validated=False)},
+    }
+    apart = differences(runs, {"same": "base", "wild": "base"})
+    table = ablation_table({name: {seed: figures(run, apart.get((name, seed)), 2) for seed, run in seeds.items()}
+                            for name, seeds in runs.items()})
+    base, same, wild = table.splitlines()[1:]
+    assert " ± " in base and " ± " not in same and same.split()[2:5] == ["1.250", "0.200", "0.200"]
+    assert wild.endswith("diverged at step 6 (seed 0)") and wild.split()[1] == "-"
+    plot_comparison(runs, apart, "same", 2, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_metrics_has_nothing(tmp_path):
+    assert read_run(tmp_path, TRAIN) == Trained([], None, None)
