@@ -26,7 +26,8 @@ def swiglu_backward_quantize(
 
     `kept` is gate_up; `d_h_MF` [M, F / 2] is the gradient of h, without the gate weights `weight_M` of experts' rows.
     In float32, rounded to the dtype of `d_h_MF` before it is quantised, as other gradients are; the gradient of gate_up
-    is that of weight * h, and so is what stands for h. Returns d_gate_up [M', F'], its transpose [F', M'], (weight * h) transposed [F' / 2, M'], and
+    is that of weight * h, and so is what stands for h. Returns d_gate_up [M', F'], its transpose [F', M'],
+    (weight * h) transposed [F' / 2, M'], and
     d_weight[m] = sum over features of h * d_h, or None without weights.
     """
     m, f = d_h_MF.shape

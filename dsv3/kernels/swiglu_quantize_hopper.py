@@ -19,7 +19,6 @@ from dsv3.kernels.scaled import Tiles
 from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
 from dsv3.kernels.tile_hopper import (
     MATRIX,
-    ROWS,
     SHORT,
     SHORT_PER_ROW,
     SHORT_ROWS,

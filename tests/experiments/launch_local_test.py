@@ -66,8 +66,11 @@ def test_a_signal_to_the_supervisor_reaches_every_rank(tmp_path):
 
 @pytest.mark.timeout(60)
 def test_a_program_that_always_fails_ends_with_its_last_words(tmp_path):
-    code = ("import os, sys, time; print('port', os.environ['DSV3_COORDINATOR'])\n"
-            "time.sleep(60 * (os.environ['DSV3_PROCESS_ID'] != '1')); sys.exit('no such disk')")
+    """The rank that fails waits until all have printed: the others are ended at once."""
+    code = ("import os, sys, time; print('port', os.environ['DSV3_COORDINATOR'], flush=True)\n"
+            "open('printed', 'a').write('.')\n"
+            "while os.environ['DSV3_PROCESS_ID'] != '1' or len(open('printed').read()) % 3: time.sleep(0.01)\n"
+            "sys.exit('no such disk')")
     run = finished(tmp_path, "--processes=3", "--max_restarts=2", "--backoff_seconds=0.1", code=code)
     assert run.returncode == 1
     lines = run.stderr.splitlines()
