@@ -100,7 +100,7 @@ def test_what_waits_is_what_was_counted():
 def test_memory_falls_by_what_was_predicted(remat, share):
     """What is measured is what waits, but for some tensors that wait twice and that XLA merges: 4% of the whole.
 
-    And but for how XLA packs buffers, which is not linear: four layers more cost 0.92 to 1.06 of it, by where one begins.
+    And but for how XLA packs buffers: four layers more cost 0.92 to 1.06 of it, by how many there were before.
     On a CPU, XLA holds 8-bit floats in 16 bits inside loops: those bytes are found and taken off.
     """
     measured = {}
