@@ -1,7 +1,8 @@
 """Causal attention with keys of 192 and values of 128: python -m experiments.benchmark attention [--peers]
 
-Forward, and forward with backward. Operations count the causal half of the square: two products forward and, of the
-backward pass's five, the four that are no recomputation.
+Forward, and forward with backward, from the projections' whole outputs: splitting and rotating them is timed, but for
+torch, which is given keys and queries rotated and whole. Operations count the causal half of the square: two products
+forward and, of the backward pass's five, the four that are no recomputation.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,8 +10,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from dsv3.kernels.attention import causal_attention
-from dsv3.kernels.attention_cudnn import causal_attention_cudnn
+from dsv3.kernels.attention import Attention, Heads, attend, rotary_attention
+from dsv3.kernels.attention_cudnn import CUDNN
 from experiments import benchmark_table, peers_torch
 from experiments.benchmark_table import BF16_FLOPS, Case, Contestant, normal
 
@@ -20,61 +21,65 @@ SHAPES = {"V3, 1 x 4096, 128 heads": (1, 4096, 128), "V3, 4 x 4096, 128 heads": 
 NOPE, ROPE, VALUE = 128, 64, 128
 SCALE = (NOPE + ROPE) ** -0.5
 HEADS_AT_ONCE = 4
-FORMS: dict[str, Callable] = {"cuDNN from JAX": causal_attention_cudnn}
+FORMS: dict[str, Attention] = {"cuDNN from JAX": CUDNN}
 """The fastest first."""
 
 
 def inputs_of(seed: int, rows: int, tokens: int, heads: int, segments: bool) -> tuple[jax.Array, ...]:
-    """q_nope, q_rope, k_nope, k_rope, v, d_out, segment ids (zeros where there is one document a row)."""
+    """The three arrays of `Heads`, rotation, d_out, segment ids (zeros where there is one document a row)."""
     head = lambda offset, width: normal(10 * seed + offset, rows, tokens, heads, width)
     starts_BT = jax.random.bernoulli(jax.random.key(seed), 8 / tokens, (rows, tokens)) & segments
-    return (head(0, NOPE), head(1, ROPE), head(2, NOPE), normal(10 * seed + 3, rows, tokens, ROPE), head(4, VALUE),
-            head(5, VALUE), jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32) + 1)
+    angles_BTP = normal(10 * seed + 3, rows, tokens, ROPE // 2, dtype=jnp.float32)
+    return (head(0, NOPE + ROPE), head(1, NOPE + VALUE), normal(10 * seed + 2, rows, tokens, ROPE),
+            jnp.stack([jnp.cos(angles_BTP), jnp.sin(angles_BTP)]), head(4, VALUE),
+            jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32) + 1)
 
 
-def few_heads_at_once(*arrays: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+def few_heads_at_once(heads: Heads, rotation_2BTP: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     """The reference in float32, `HEADS_AT_ONCE` heads after the other, so that the scores fit."""
-    q_nope, q_rope, k_nope, k_rope, v = (a.astype(jnp.float32) for a in arrays)
-    rows, tokens, heads = v.shape[:3]
-    some = min(HEADS_AT_ONCE, heads)
-    split = lambda x: jnp.moveaxis(x.reshape(rows, tokens, heads // some, some, x.shape[3]), 2, 0)
+    q_BTHX, kv_BTHY, k_rope_BTR = (x.astype(jnp.float32) for x in heads)
+    rows, tokens, n_heads = q_BTHX.shape[:3]
+    some = min(HEADS_AT_ONCE, n_heads)
+    split = lambda x: jnp.moveaxis(x.reshape(rows, tokens, n_heads // some, some, x.shape[3]), 2, 0)
 
     @jax.checkpoint
     def one(parts):
-        a, b, c, d = parts
-        return causal_attention(a, b, c, k_rope, d, scale=SCALE, segment_ids_BT=segment_ids_BT)
+        return rotary_attention(Heads(*parts, k_rope_BTR), rotation_2BTP, SCALE, segment_ids_BT)
 
-    out = jax.lax.map(one, tuple(map(split, (q_nope, q_rope, k_nope, v))))
-    return jnp.moveaxis(out, 0, 2).reshape(v.shape)
+    out = jax.lax.map(one, (split(q_BTHX), split(kv_BTHY)))
+    return jnp.moveaxis(out, 0, 2).reshape(rows, tokens, n_heads, heads.n_value)
 
 
-def value_and_gradients(attend: Callable, inputs: Sequence[jax.Array], d_out: jax.Array):
-    out, vjp = jax.vjp(attend, *inputs)
+def value_and_gradients(function: Callable, inputs: Sequence[jax.Array], d_out: jax.Array):
+    out, vjp = jax.vjp(function, *inputs)
     return out, *vjp(d_out.astype(out.dtype))
 
 
-def contestant(function: Callable, backward: bool, segments: bool) -> Contestant:
-    """Of a form with `causal_attention`'s signature: its output, or that and all gradients."""
-    def of(attend, *arrays):
-        *inputs, d_out, ids_BT = arrays
-        masked = lambda *a: attend(*a, segment_ids_BT=ids_BT if segments else None)
-        return value_and_gradients(masked, inputs, d_out) if backward else masked(*inputs)
+def contestant(form: Attention, backward: bool, segments: bool) -> Contestant:
+    """Its output, or that and all gradients."""
+    def of(function, *arrays):
+        *heads, rotation_2BTP, d_out, ids_BT = arrays
+        masked = lambda *heads: function(Heads(*heads), rotation_2BTP, ids_BT if segments else None)
+        return value_and_gradients(masked, heads, d_out) if backward else masked(*heads)
 
-    fast = lambda *a, segment_ids_BT: function(*a, scale=SCALE, segment_ids_BT=segment_ids_BT)
+    fast = lambda heads, rotation_2BTP, ids_BT: attend(form, heads, rotation_2BTP, SCALE, ids_BT)
     return Contestant(lambda *a: of(fast, *a), lambda *a: of(few_heads_at_once, *a))
 
 
-def joined(q_nope, q_rope, k_nope, k_rope, v, d_out, ids_BT) -> tuple[jax.Array, ...]:
+def joined(q_BTHX, kv_BTHY, k_rope_BTR, rotation_2BTP, d_out, ids_BT) -> tuple[jax.Array, ...]:
     """q, k, v and d_out with whole heads, as torch wants them."""
     del ids_BT
+    q_nope, q_rope, k_nope, k_rope, v = Heads(q_BTHX, kv_BTHY, k_rope_BTR).rotated_parts(rotation_2BTP)
     shared = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
     return jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, shared], -1), v, d_out
 
 
 def torch_contestant(backward: bool) -> Contestant:
     def expected(q, k, v, d_out):
-        attend = lambda q, k, v: few_heads_at_once(q, q[..., :0], k, k[:, :, 0, :0], v, segment_ids_BT=None)
-        return value_and_gradients(attend, (q, k, v), d_out) if backward else attend(q, k, v)
+        nothing_2BTP = jnp.zeros((2, *q.shape[:2], 0))
+        reference = lambda q, k, v: few_heads_at_once(
+            Heads(q, jnp.concatenate([k, v], -1), k[:, :, 0, :0]), nothing_2BTP, None)
+        return value_and_gradients(reference, (q, k, v), d_out) if backward else reference(q, k, v)
 
     def run(q, k, v, d_out):
         if backward:
@@ -90,7 +95,7 @@ def cases_of(name: str, rows: int, tokens: int, heads: int, segments: bool = Fal
     moved = 2 * rows * tokens * heads * 2 * (NOPE + ROPE + VALUE)
     found = []
     for backward in (False, True):
-        contestants = {form: contestant(function, backward, segments) for form, function in FORMS.items()}
+        contestants = {name: contestant(form, backward, segments) for name, form in FORMS.items()}
         if not segments:
             contestants["cuDNN from torch"] = torch_contestant(backward)
         found.append(Case("forward and backward" if backward else "forward", name,

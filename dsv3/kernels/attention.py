@@ -8,43 +8,66 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dsv3.kernels.rotate import rotate
+
 
 class Heads(NamedTuple):
-    """What attention reads; also the gradients of that."""
+    """What the projections leave, before any rotation; also the gradients of that.
 
-    q_nope_BTHN: jax.Array
-    q_rope_BTHR: jax.Array
-    k_nope_BTHN: jax.Array
+    `q_BTHX` holds, per head, N elements without position and then R to be rotated; `kv_BTHY` the key's N and then the
+    value's U; `k_rope_BTR` the rotary key that all heads share. So N = X - R and U = Y - N.
+    """
+
+    q_BTHX: jax.Array
+    kv_BTHY: jax.Array
     k_rope_BTR: jax.Array
-    v_BTHU: jax.Array
+
+    @property
+    def n_nope(self) -> int:
+        return self.q_BTHX.shape[-1] - self.k_rope_BTR.shape[-1]
+
+    @property
+    def n_value(self) -> int:
+        return self.kv_BTHY.shape[-1] - self.n_nope
+
+    def rotated_parts(self, rotation_2BTP: jax.Array) -> tuple[jax.Array, ...]:
+        """q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR and v_BTHU, as `causal_attention` reads them."""
+        q_nope_BTHN, q_rope_BTHR = jnp.split(self.q_BTHX, [self.n_nope], axis=-1)
+        k_nope_BTHN, v_BTHU = jnp.split(self.kv_BTHY, [self.n_nope], axis=-1)
+        q_rope_BTHR, k_rope_BTR = (rotate(x, rotation_2BTP) for x in (q_rope_BTHR, self.k_rope_BTR))
+        return q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU
 
 
 class Attention(NamedTuple):
     """Both directions apart, so that the output may wait for the backward pass in whatever form the caller keeps.
 
-    `forward(heads, scale, segment_ids_BT) -> o_BTHU, residuals` and
-    `backward(heads, scale, segment_ids_BT, o_BTHU, residuals, d_o_BTHU) -> Heads` of gradients.
+    `forward(heads, rotation_2BTP, scale, segment_ids_BT) -> o_BTHU, residuals` and
+    `backward(heads, rotation_2BTP, scale, segment_ids_BT, o_BTHU, residuals, d_o_BTHU) -> Heads` of gradients, by what
+    the heads were before they were rotated. `rotation_2BTP` is that of `dsv3.kernels.rotate`.
     """
 
     forward: Callable[..., tuple[jax.Array, Any]]
     backward: Callable[..., Heads]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 2))
-def attend(attention: Attention, heads: Heads, scale: float, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """o_BTHU, differentiable; keeps the heads, the output and the residuals."""
-    return attention.forward(heads, scale, segment_ids_BT)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def attend(
+    attention: Attention, heads: Heads, rotation_2BTP: jax.Array, scale: float, segment_ids_BT: jax.Array | None,
+) -> jax.Array:
+    """o_BTHU, differentiable by the heads alone; keeps the heads, the output and the residuals."""
+    return attention.forward(heads, rotation_2BTP, scale, segment_ids_BT)[0]
 
 
-def _attend_forward(attention, heads, scale, segment_ids_BT):
+def _attend_forward(attention, heads, rotation_2BTP, scale, segment_ids_BT):
     # Named here, inside the rule: a recomputation policy that keeps the output but not the rest would run it twice.
-    o_BTHU, residuals = checkpoint_name(attention.forward(heads, scale, segment_ids_BT), "attn.core")
-    return o_BTHU, (heads, segment_ids_BT, o_BTHU, residuals)
+    o_BTHU, residuals = checkpoint_name(attention.forward(heads, rotation_2BTP, scale, segment_ids_BT), "attn.core")
+    return o_BTHU, (heads, rotation_2BTP, segment_ids_BT, o_BTHU, residuals)
 
 
 def _attend_backward(attention, scale, kept, d_o_BTHU):
-    heads, segment_ids_BT, o_BTHU, residuals = kept
-    return attention.backward(heads, scale, segment_ids_BT, o_BTHU, residuals, d_o_BTHU), None
+    heads, rotation_2BTP, segment_ids_BT, o_BTHU, residuals = kept
+    d_heads = attention.backward(heads, rotation_2BTP, scale, segment_ids_BT, o_BTHU, residuals, d_o_BTHU)
+    return d_heads, None, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)
@@ -77,16 +100,20 @@ def causal_attention(
     return jnp.matmul(probabilities.astype(v_BTHU.dtype), v_BTHU.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
 
 
-def _reference_backward(heads, scale, segment_ids_BT, o_BTHU, residuals, d_o_BTHU):
+def rotary_attention(
+    heads: Heads, rotation_2BTP: jax.Array, scale: float, segment_ids_BT: jax.Array | None,
+) -> jax.Array:
+    """`causal_attention` of what the projections leave: rotates both rotary parts first. Returns o_BTHU."""
+    return causal_attention(*heads.rotated_parts(rotation_2BTP), scale=scale, segment_ids_BT=segment_ids_BT)
+
+
+def _reference_backward(heads, rotation_2BTP, scale, segment_ids_BT, o_BTHU, residuals, d_o_BTHU):
     del o_BTHU, residuals
-    forward = lambda *parts: causal_attention(*parts, scale=scale, segment_ids_BT=segment_ids_BT)
-    return Heads(*jax.vjp(forward, *heads)[1](d_o_BTHU))
+    return jax.vjp(lambda heads: rotary_attention(heads, rotation_2BTP, scale, segment_ids_BT), heads)[1](d_o_BTHU)[0]
 
 
-ATTENTION = Attention(
-    lambda heads, scale, segment_ids_BT: (causal_attention(*heads, scale=scale, segment_ids_BT=segment_ids_BT), ()),
-    _reference_backward)
-"""`causal_attention`, computed once more in the backward pass: nothing waits but what it reads."""
+ATTENTION = Attention(lambda *inputs: (rotary_attention(*inputs), ()), _reference_backward)
+"""`rotary_attention`, computed once more in the backward pass: nothing waits but what it reads."""
 
 
 def latent_attention(

@@ -1,4 +1,4 @@
-"""`causal_attention` through cuDNN's fused kernels: the scores never reach memory, forward or backward.
+"""`rotary_attention` through cuDNN's fused kernels: the scores never reach memory, forward or backward.
 
 jax.nn.dot_product_attention refuses values narrower than keys; the primitives below it do not. They are private to
 jax, so this file is the one place that knows them (jax 0.11.2, cuDNN 9.10 or newer for 192 / 128).
@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from dsv3.kernels.attention import Attention, Heads, attend
+from dsv3.kernels.attention import Attention, Heads
+from dsv3.kernels.rotate import rotate_back
 
 
 def refusal(q_width: int, v_width: int, dtype: jnp.dtype) -> str | None:
@@ -26,14 +27,15 @@ def segment_bias(segment_ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.where(same_BTT, jnp.zeros((), dtype), cudnn.get_large_negative_number(dtype))[:, None]
 
 
-def _operands(heads: Heads, segment_ids_BT: jax.Array | None) -> tuple:
+def _operands(heads: Heads, rotation_2BTP: jax.Array, segment_ids_BT: jax.Array | None) -> tuple:
     """In the primitives' order; an empty array stands for one that is not used."""
-    shared_BTHR = jnp.broadcast_to(heads.k_rope_BTR[:, :, None], heads.q_rope_BTHR.shape)
-    q_BTHX = jnp.concatenate([heads.q_nope_BTHN, heads.q_rope_BTHR], axis=-1)
-    k_BTHX = jnp.concatenate([heads.k_nope_BTHN, shared_BTHR], axis=-1)
+    q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU = heads.rotated_parts(rotation_2BTP)
+    shared_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None], q_rope_BTHR.shape)
+    q_BTHX = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
+    k_BTHX = jnp.concatenate([k_nope_BTHN, shared_BTHR], axis=-1)
     unused = jnp.zeros(0, q_BTHX.dtype)
     bias = unused if segment_ids_BT is None else segment_bias(segment_ids_BT, q_BTHX.dtype)
-    return q_BTHX, k_BTHX, heads.v_BTHU, bias, *[unused] * 6
+    return q_BTHX, k_BTHX, v_BTHU, bias, *[unused] * 6
 
 
 def _settings(scale: float, segment_ids_BT: jax.Array | None) -> dict:
@@ -42,38 +44,32 @@ def _settings(scale: float, segment_ids_BT: jax.Array | None) -> dict:
         mask_type=cudnn.MaskType.CAUSAL, layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None)
 
 
-def forward(heads: Heads, scale: float, segment_ids_BT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def forward(
+    heads: Heads, rotation_2BTP: jax.Array, scale: float, segment_ids_BT: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """o_BTHU and the normaliser of every row."""
     return tuple(cudnn._dot_product_attention_fwd_p_wrapper.bind(
-        *_operands(heads, segment_ids_BT), **_settings(scale, segment_ids_BT), is_training=True))
+        *_operands(heads, rotation_2BTP, segment_ids_BT), **_settings(scale, segment_ids_BT), is_training=True))
 
 
 def backward(
-    heads: Heads, scale: float, segment_ids_BT: jax.Array | None, o_BTHU: jax.Array, normaliser: jax.Array,
-    d_o_BTHU: jax.Array,
+    heads: Heads, rotation_2BTP: jax.Array, scale: float, segment_ids_BT: jax.Array | None, o_BTHU: jax.Array,
+    normaliser: jax.Array, d_o_BTHU: jax.Array,
 ) -> Heads:
-    d_q, d_k, d_v = cudnn._dot_product_attention_bwd_p_wrapper.bind(
-        *_operands(heads, segment_ids_BT), normaliser, o_BTHU, d_o_BTHU, **_settings(scale, segment_ids_BT))
-    n_nope = heads.q_nope_BTHN.shape[-1]
-    d_k_rope_BTR = jnp.sum(d_k[..., n_nope:].astype(jnp.float32), axis=2).astype(d_k.dtype)
-    return Heads(d_q[..., :n_nope], d_q[..., n_nope:], d_k[..., :n_nope], d_k_rope_BTR, d_v)
+    d_q_BTHX, d_k_BTHX, d_v_BTHU = cudnn._dot_product_attention_bwd_p_wrapper.bind(
+        *_operands(heads, rotation_2BTP, segment_ids_BT), normaliser, o_BTHU, d_o_BTHU,
+        **_settings(scale, segment_ids_BT))
+    (d_q_nope_BTHN, d_q_rope_BTHR), (d_k_nope_BTHN, d_shared_BTHR) = (
+        jnp.split(d_BTHX, [heads.n_nope], axis=-1) for d_BTHX in (d_q_BTHX, d_k_BTHX))
+    d_k_rope_BTR = jnp.sum(d_shared_BTHR.astype(jnp.float32), axis=2).astype(d_k_BTHX.dtype)
+    return Heads(
+        jnp.concatenate([d_q_nope_BTHN, rotate_back(d_q_rope_BTHR, rotation_2BTP)], axis=-1),
+        jnp.concatenate([d_k_nope_BTHN, d_v_BTHU], axis=-1),
+        rotate_back(d_k_rope_BTR, rotation_2BTP))
 
 
 CUDNN = Attention(forward, backward)
+"""As `ATTENTION`, in bfloat16 with head sizes that `refusal` accepts.
 
-
-def causal_attention_cudnn(
-    q_nope_BTHN: jax.Array,
-    q_rope_BTHR: jax.Array,
-    k_nope_BTHN: jax.Array,
-    k_rope_BTR: jax.Array,
-    v_BTHU: jax.Array,
-    *,
-    scale: float,
-    segment_ids_BT: jax.Array | None,
-) -> jax.Array:
-    """As `causal_attention`, in bfloat16 with head sizes that `refusal` accepts.
-
-    Segments travel as a [B, 1, T, T] bias, which costs 2 T^2 bytes a row while it is used.
-    """
-    return attend(CUDNN, Heads(q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU), scale, segment_ids_BT)
+Segments travel as a [B, 1, T, T] bias, which costs 2 T^2 bytes a row while it is used.
+"""

@@ -130,41 +130,43 @@ _norm_dot.defvjp(_norm_dot_forward, _norm_dot_backward)
 
 
 def attention_linear(
-    recipe: Recipe, site: str, q_nope_BTHN: jax.Array, q_rope_BTHR: jax.Array, k_nope_BTHN: jax.Array,
-    k_rope_BTR: jax.Array, v_BTHU: jax.Array, w: jax.Array, *, scale: float, segment_ids_BT: jax.Array | None,
+    recipe: Recipe, site: str, q_BTHX: jax.Array, kv_BTHY: jax.Array, k_rope_BTR: jax.Array, rotation_2BTP: jax.Array,
+    w: jax.Array, *, scale: float, segment_ids_BT: jax.Array | None,
 ) -> jax.Array:
     """The output of attention waits once, quantised, for its own backward pass and for the product's."""
-    place, heads = recipe.linear_at(site), Heads(q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU)
+    place, heads = recipe.linear_at(site), Heads(q_BTHX, kv_BTHY, k_rope_BTR)
     if place is None:
-        return recipe.base.attention_linear(site, *heads, w, scale=scale, segment_ids_BT=segment_ids_BT)
-    return checkpoint_name(_attention_dot(heads, w, segment_ids_BT, scale, place), site)
+        return recipe.base.attention_linear(
+            site, *heads, rotation_2BTP, w, scale=scale, segment_ids_BT=segment_ids_BT)
+    return checkpoint_name(_attention_dot(heads, rotation_2BTP, w, segment_ids_BT, scale, place), site)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attention_dot(heads, w, segment_ids_BT, scale, place):
-    return _attention_dot_forward(heads, w, segment_ids_BT, scale, place)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention_dot(heads, rotation_2BTP, w, segment_ids_BT, scale, place):
+    return _attention_dot_forward(heads, rotation_2BTP, w, segment_ids_BT, scale, place)[0]
 
 
-def _attention_dot_forward(heads, w, segment_ids_BT, scale, place):
+def _attention_dot_forward(heads, rotation_2BTP, w, segment_ids_BT, scale, place):
     with jax.named_scope("attention"):
-        o_BTHU, kept = place.kernels.attention.forward(heads, scale, segment_ids_BT)
+        o_BTHU, kept = place.kernels.attention.forward(heads, rotation_2BTP, scale, segment_ids_BT)
     o_MK = o_BTHU.reshape(-1, w.shape[0])
     rows, waiting = quantize_input(o_MK, place)
     # Without a format to keep, attention's own backward pass needs the output itself.
     waiting = (waiting, None if place.rule.kept else checkpoint_name(o_MK, "attn.core"))
     forward_w, dgrad_w = quantize_weights(w, place)
     y_MN = place.products.dot(rows, forward_w, o_MK.dtype)[:len(o_MK), :w.shape[1]]
-    residuals = heads, segment_ids_BT, waiting, checkpoint_name(kept, "attn.core"), dgrad_w
+    residuals = heads, rotation_2BTP, segment_ids_BT, waiting, checkpoint_name(kept, "attn.core"), dgrad_w
     return y_MN.reshape(*o_BTHU.shape[:2], -1), residuals
 
 
 def _attention_dot_backward(scale, place, residuals, d_y_BTD):
-    heads, segment_ids_BT, (waiting, o_MK), kept, dgrad_w = residuals
+    heads, rotation_2BTP, segment_ids_BT, (waiting, o_MK), kept, dgrad_w = residuals
     d_y_MN = d_y_BTD.reshape(-1, d_y_BTD.shape[-1])
-    shape, n_in = heads.v_BTHU.shape, heads.v_BTHU.shape[2] * heads.v_BTHU.shape[3]
+    shape = (*heads.kv_BTHY.shape[:3], heads.n_value)
+    n_in = shape[2] * shape[3]
     if o_MK is None:
         o_MK, columns = place.kernels.unpack_both(
-            waiting, place.rule.kept, place.rule.wgrad_x, heads.v_BTHU.dtype)
+            waiting, place.rule.kept, place.rule.wgrad_x, heads.kv_BTHY.dtype)
         o_MK = o_MK[:len(d_y_MN), :n_in]
     else:
         columns = wgrad_input(waiting, place)
@@ -172,8 +174,8 @@ def _attention_dot_backward(scale, place, residuals, d_y_BTD):
     d_w = place.products.weight_gradient(columns, d_y_columns)[:n_in, :d_y_MN.shape[1]]
     with jax.named_scope("attention"):
         d_heads = place.kernels.attention.backward(
-            heads, scale, segment_ids_BT, o_MK.reshape(shape), kept, d_o_MK[:, :n_in].reshape(shape))
-    return d_heads, d_w, None
+            heads, rotation_2BTP, scale, segment_ids_BT, o_MK.reshape(shape), kept, d_o_MK[:, :n_in].reshape(shape))
+    return d_heads, None, d_w, None
 
 
 _attention_dot.defvjp(_attention_dot_forward, _attention_dot_backward)

@@ -2,7 +2,8 @@
 
 from functools import partial
 
-from dsv3.kernels.attention_cudnn import causal_attention_cudnn
+from dsv3.kernels.attention import attend
+from dsv3.kernels.attention_cudnn import CUDNN
 from dsv3.kernels.cross_entropy import cross_entropy
 from dsv3.kernels.grouped_dot_hopper import BLOCK, grouped_dot_hopper
 from dsv3.kernels.norm_hopper import rms_norm_hopper
@@ -10,7 +11,7 @@ from dsv3.model.ops import Ops, attention_linear, linear, mlp, moe, norm_linear
 
 
 def hopper_ops(
-    *, attention=causal_attention_cudnn, grouped_dot=grouped_dot_hopper, norm=rms_norm_hopper, loss_chunk: int = 16384,
+    *, attention=partial(attend, CUDNN), grouped_dot=grouped_dot_hopper, norm=rms_norm_hopper, loss_chunk: int = 16384,
 ) -> Ops:
     """Expert rows in blocks of 128; the kernels may be replaced by forms that accept more shapes.
 

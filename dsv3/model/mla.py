@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from dsv3.config import ModelConfig
 from dsv3.kernels.attention import latent_attention
+from dsv3.kernels.rotate import rotate
 from dsv3.model.ops import Ops
-from dsv3.model.rope import rotate, softmax_scale
+from dsv3.model.rope import softmax_scale
 from dsv3.model.weights import gain, matrix
 
 
@@ -73,21 +74,20 @@ class MLA(nn.Module):
             q_flat, = self.ops.norm_linear(("attn.q_b",), q_BTQ, q_norm, (q_b,), latent_eps)
 
         heads = (*x_BTD.shape[:2], c.n_heads, -1)
-        q_nope_BTHN, q_rope_BTHR = jnp.split(q_flat.reshape(heads), [c.qk_nope_head_dim], axis=-1)
-        q_rope_BTHR = rotate(q_rope_BTHR, context.rotation_2BTP)
+        q_BTHX = q_flat.reshape(heads)
         c_kv_BTC, k_rope_BTR = jnp.split(kv_flat, [c.kv_lora_rank], axis=-1)
-        k_rope_BTR = rotate(k_rope_BTR, context.rotation_2BTP)
-        scale = softmax_scale(c)
+        scale, rotation_2BTP = softmax_scale(c), context.rotation_2BTP
         if cache is None:
             kv_heads, = self.ops.norm_linear(("attn.kv_b",), c_kv_BTC, kv_norm, (kv_b,), latent_eps)
-            k_nope_BTHN, v_BTHU = jnp.split(kv_heads.reshape(heads), [c.qk_nope_head_dim], axis=-1)
             return self.ops.attention_linear(
-                "attn.o", q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU, out,
+                "attn.o", q_BTHX, kv_heads.reshape(heads), k_rope_BTR, rotation_2BTP, out,
                 scale=scale, segment_ids_BT=context.segment_ids_BT), None
+        q_nope_BTHN, q_rope_BTHR = jnp.split(q_BTHX, [c.qk_nope_head_dim], axis=-1)
+        q_rope_BTHR, k_rope_BTR = (rotate(x, rotation_2BTP) for x in (q_rope_BTHR, k_rope_BTR))
         c_kv_BTC = self.ops.norm(c_kv_BTC, kv_norm, latent_eps)
         cache = _extend(cache, LatentCache(c_kv_BTC, k_rope_BTR), context.positions_BT)
-        kv_b_CHX = kv_b.reshape(c.kv_lora_rank, c.n_heads, -1)
-        o_BTHU = _absorbed(q_nope_BTHN, q_rope_BTHR, cache, context.positions_BT, kv_b_CHX, scale)
+        kv_b_CHY = kv_b.reshape(c.kv_lora_rank, c.n_heads, -1)
+        o_BTHU = _absorbed(q_nope_BTHN, q_rope_BTHR, cache, context.positions_BT, kv_b_CHY, scale)
         return self.ops.linear("attn.o", o_BTHU.reshape(*x_BTD.shape[:2], -1), out), cache
 
 
@@ -98,10 +98,10 @@ def _extend(cache: LatentCache, new: LatentCache, positions_BT: jax.Array) -> La
         old.at[batch_B1, positions_BT].set(update.astype(old.dtype)) for old, update in zip(cache, new, strict=True)))
 
 
-def _absorbed(q_nope_BTHN, q_rope_BTHR, cache, positions_BT, kv_b_CHX, scale):
+def _absorbed(q_nope_BTHN, q_rope_BTHR, cache, positions_BT, kv_b_CHY, scale):
     """W_UK joins the query and W_UV the output, so attention runs on latents: no key or value per head exists."""
     n_nope = q_nope_BTHN.shape[-1]
-    w_uk_CHN, w_uv_CHU = (w.astype(q_nope_BTHN.dtype) for w in jnp.split(kv_b_CHX, [n_nope], axis=-1))
+    w_uk_CHN, w_uv_CHU = (w.astype(q_nope_BTHN.dtype) for w in jnp.split(kv_b_CHY, [n_nope], axis=-1))
     q_latent_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, w_uk_CHN)
     visible_BTS = jnp.arange(cache.c_kv_BSC.shape[1])[None, None] <= positions_BT[:, :, None]
     context_BTHC = latent_attention(

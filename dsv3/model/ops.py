@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3.kernels.attention import causal_attention
+from dsv3.kernels.attention import Heads, rotary_attention
 from dsv3.kernels.cross_entropy import cross_entropy
 from dsv3.kernels.dot import dot
 from dsv3.kernels.grouped_dot import grouped_dot
@@ -39,7 +39,8 @@ class Ops:
     - `norm(x, gain, eps)`: RMSNorm over the last axis, in float32, rounded to the dtype of x.
     - `linear(site, x, w)`: x @ w.
     - `norm_linear(sites, x, gain, weights, eps)`: one RMSNorm of x, then one product per site from the same input.
-    - `attention_linear(site, q_nope, q_rope, k_nope, k_rope, v, w, scale=, segment_ids_BT=)`: causal core attention,
+    - `attention_linear(site, q_BTHX, kv_BTHY, k_rope_BTR, rotation_2BTP, w, scale=, segment_ids_BT=)`: causal core
+      attention of whole projections (`Heads` of `dsv3/kernels/attention.py`), which it splits and rotates as it likes,
       then the product with the heads side by side.
     - `mlp(sites, x, gate_up, down)`: swiglu(x @ gate_up) @ down, two sites.
     - `moe(h_TD, topk_TK, weights_TK, weights) -> y_TD`: tokens to their experts, every expert's SwiGLU network on its
@@ -71,18 +72,19 @@ def norm_linear(
     return tuple(linear(site, normed, w) for site, w in zip(sites, weights, strict=True))
 
 
-def attention(*heads: jax.Array, scale: float, segment_ids_BT: jax.Array | None) -> jax.Array:
-    return checkpoint_name(causal_attention(*heads, scale=scale, segment_ids_BT=segment_ids_BT), "attn.core")
+def attention(
+    heads: Heads, rotation_2BTP: jax.Array, scale: float, segment_ids_BT: jax.Array | None,
+) -> jax.Array:
+    return checkpoint_name(rotary_attention(heads, rotation_2BTP, scale, segment_ids_BT), "attn.core")
 
 
 def attention_linear(
-    site: str, q_nope_BTHN: jax.Array, q_rope_BTHR: jax.Array, k_nope_BTHN: jax.Array, k_rope_BTR: jax.Array,
-    v_BTHU: jax.Array, w: jax.Array, *, scale: float, segment_ids_BT: jax.Array | None, attention: Callable,
+    site: str, q_BTHX: jax.Array, kv_BTHY: jax.Array, k_rope_BTR: jax.Array, rotation_2BTP: jax.Array, w: jax.Array, *,
+    scale: float, segment_ids_BT: jax.Array | None, attention: Callable,
 ) -> jax.Array:
-    """`attention` names what it keeps, its output with it."""
+    """`attention(heads, rotation_2BTP, scale, segment_ids_BT)` names what it keeps, its output with it."""
     with jax.named_scope("attention"):
-        o_BTHU = attention(q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHU,
-                           scale=scale, segment_ids_BT=segment_ids_BT)
+        o_BTHU = attention(Heads(q_BTHX, kv_BTHY, k_rope_BTR), rotation_2BTP, scale, segment_ids_BT)
     return linear(site, o_BTHU.reshape(*o_BTHU.shape[:2], -1), w)
 
 

@@ -1,4 +1,4 @@
-"""Rotary positions: interleaved pairs, YaRN frequencies, and the softmax scale that goes with them."""
+"""Rotary positions: tables for `dsv3.kernels.rotate`, YaRN frequencies, and the softmax scale that goes with them."""
 
 import math
 
@@ -61,15 +61,3 @@ def rotation(attention: AttentionConfig, positions_BT: jax.Array) -> jax.Array:
     """cos and sin of every position and pair, float32 [2, B, T, R / 2]."""
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies(attention).astype(np.float32)[None, None]
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * amplitude(attention)
-
-
-def rotate(x: jax.Array, rotation_2BTP: jax.Array) -> jax.Array:
-    """Rotate the interleaved pairs (x[2j], x[2j+1]) of x [B, T, ..., R]; float32 inside, dtype of `x` outside.
-
-    Half-split layouts (most other code bases) must be re-ordered before they meet these weights.
-    """
-    middle = range(2, x.ndim - 1)
-    cos, sin = (jnp.expand_dims(table, middle) for table in rotation_2BTP)
-    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)

@@ -13,7 +13,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3.config import QuantConfig
-from dsv3.kernels.attention import causal_attention
+from dsv3.kernels.attention import Heads, rotary_attention
 from dsv3.kernels.cross_entropy import cross_entropy
 from dsv3.kernels.dot import dot
 from dsv3.kernels.grouped_dot import grouped_dot
@@ -50,7 +50,7 @@ def _observe(rule: Any, x: jax.Array, w: jax.Array, d_y: jax.Array) -> dict[str,
 
 
 def watching_ops(
-    recipe: QuantConfig, *, quantized: bool, attention: Callable = causal_attention, loss_chunk: int = 1024,
+    recipe: QuantConfig, *, quantized: bool, attention: Callable = rotary_attention, loss_chunk: int = 1024,
 ) -> Ops:
     """Every product of a model, watched for what the formats of `recipe` do to it; sites without a rule are left out.
 
@@ -74,9 +74,8 @@ def watching_ops(
         normed = rms_norm(x, gain, eps)
         return tuple(linear(site, normed, w) for site, w in zip(sites, weights, strict=True))
 
-    def attention_linear(site, *heads_and_w, scale, segment_ids_BT):
-        *heads, w = heads_and_w
-        o_BTHU = attention(*heads, scale=scale, segment_ids_BT=segment_ids_BT)
+    def attention_linear(site, q_BTHX, kv_BTHY, k_rope_BTR, rotation_2BTP, w, *, scale, segment_ids_BT):
+        o_BTHU = attention(Heads(q_BTHX, kv_BTHY, k_rope_BTR), rotation_2BTP, scale, segment_ids_BT)
         return linear(site, o_BTHU.reshape(*o_BTHU.shape[:2], -1), w)
 
     def mlp(sites, x, gate_up, down):

@@ -36,8 +36,7 @@ def _raise(reason: str) -> None:
 def chosen_attention(refuse: Callable[[str], None]) -> Attention:
     """cuDNN's, or the reference for heads that it refuses."""
     def choose(heads: Heads) -> Attention:
-        q_width = heads.q_nope_BTHN.shape[-1] + heads.q_rope_BTHR.shape[-1]
-        reason = attention_cudnn.refusal(q_width, heads.v_BTHU.shape[-1], heads.v_BTHU.dtype)
+        reason = attention_cudnn.refusal(heads.q_BTHX.shape[-1], heads.n_value, heads.kv_BTHY.dtype)
         if reason:
             refuse(reason)
         return ATTENTION if reason else attention_cudnn.CUDNN
@@ -49,11 +48,6 @@ def chosen_attention(refuse: Callable[[str], None]) -> Attention:
 
 def with_fallbacks(refuse: Callable[[str], None]) -> Ops:
     """The Hopper bundle whose operations call `refuse(reason)` on shapes they cannot run, then take the reference."""
-    either = chosen_attention(refuse)
-
-    def attention(*heads, scale, segment_ids_BT):
-        return attend(either, Heads(*heads), scale, segment_ids_BT)
-
     def product(rows_JD, sizes_E, w_EDF, block):
         reason = grouped_dot_hopper.refusal(*w_EDF.shape[1:], rows_JD.dtype, block)
         if reason:
@@ -69,6 +63,7 @@ def with_fallbacks(refuse: Callable[[str], None]) -> Ops:
             refuse(reason)
         return (rms_norm if reason else fast_norm)(x, gain, eps)
 
+    attention = partial(attend, chosen_attention(refuse))
     return hopper_ops(attention=attention, grouped_dot=product, norm=norm)
 
 

@@ -189,17 +189,18 @@ def test_a_reference_keeps_the_roundings_that_are_written():
 @pytest.mark.parametrize("segments", [False, True])
 def test_the_attention_reference_agrees_with_all_heads_at_once(segments):
     """`few_heads_at_once`, where heads are several groups, through the same contestant that cuDNN takes."""
-    from dsv3.kernels.attention import causal_attention
+    from dsv3.kernels.attention import ATTENTION, Heads
     from experiments.benchmark_attention import contestant
 
     inputs = inputs_of(0, 1, 32, 8, segments)
     assert len(jnp.unique(inputs[-1])) > 1 or not segments
-    both = contestant(causal_attention, True, segments)
+    both = contestant(ATTENTION, True, segments)
     assert distance(both.run(*inputs), both.expected(*inputs)) < 0.01
     assert len(attention_cases("toy", 1, 32, 8)) == 2
-    shifted = (*inputs[:4], inputs[4] + 1, *inputs[5:])
-    assert distance(both.run(*shifted), both.expected(*inputs)) > 0.1
-    assert few_heads_at_once(*inputs[:5], segment_ids_BT=None).dtype == jnp.float32
+    for index in range(4):  # heads and rotation: each reaches the result
+        shifted = (*inputs[:index], inputs[index] + 1, *inputs[index + 1:])
+        assert distance(both.run(*shifted), both.expected(*inputs)) > 0.1
+    assert few_heads_at_once(Heads(*inputs[:3]), inputs[3], None).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("load", ["even", "skewed", "empty"])

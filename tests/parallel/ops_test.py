@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from tiny_models import model_config, random_batch, random_variables
 
@@ -63,10 +62,17 @@ def test_require_refuses_shapes_in_one_line(monkeypatch):
         jax.eval_shape(bundle.moe, *ops_tokens(192), ops_weights(192))
     with pytest.raises(UserError, match="RMSNorm of 192 elements: it must be a multiple of 128"):
         bundle.norm_linear(("attn.q_a",), jnp.zeros((8, 192), jnp.bfloat16), jnp.ones(192), (jnp.ones((192, 8)),), 1e-6)
-    head = np.zeros((1, 8, 2, 96), np.float32)
-    with pytest.raises(UserError, match="attention in float32"):
-        bundle.attention_linear("attn.o", head, head, head, head[:, :, 0], head, np.zeros((192, 64), np.float32),
-                                scale=1.0, segment_ids_BT=None)
+    for dtype, value, reason in ((jnp.float32, 128, "attention in float32"),
+                                 (jnp.bfloat16, 64, "attention heads of 192 / 64: they must be")):
+        with pytest.raises(UserError, match=reason):
+            bundle.attention_linear("attn.o", *whole_heads(value, dtype), jnp.zeros((2 * value, 64)),
+                                    scale=1.0, segment_ids_BT=None)
+
+
+def whole_heads(value, dtype=jnp.bfloat16):
+    """What two heads of V3's keys and values of `value` read, and a rotation."""
+    return (jnp.zeros((1, 8, 2, 192), dtype), jnp.zeros((1, 8, 2, 128 + value), dtype), jnp.zeros((1, 8, 64), dtype),
+            jnp.zeros((2, 1, 8, 32)))
 
 
 def ops_tokens(n_in):
@@ -83,10 +89,8 @@ def test_accepted_shapes_reach_the_kernels(monkeypatch):
     on_h100(monkeypatch)
     bundle = ops.make_ops("require", None)
     monkeypatch.undo()
-    heads = [jnp.zeros((1, 8, 2, n), jnp.bfloat16) for n in (128, 64, 128, 64, 128)]
-    heads[3] = heads[3][:, :, 0]
     attend = jax.jit(lambda *a: bundle.attention_linear(
-        "attn.o", *a, jnp.zeros((256, 64)), scale=1.0, segment_ids_BT=None)).trace(*heads)
+        "attn.o", *a, jnp.zeros((256, 64)), scale=1.0, segment_ids_BT=None)).trace(*whole_heads(128))
     assert "__cudnn$fmha" in attend.lower(lowering_platforms=("cuda",)).as_text()
     experts = jax.jit(bundle.moe).trace(*ops_tokens(256), ops_weights(256))
     assert experts.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 2

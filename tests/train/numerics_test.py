@@ -26,7 +26,7 @@ from tiny_models import (
 
 from dsv3.config import Operand, QuantConfig, Site, UserError
 from dsv3.config.quant import RECIPES, SITES
-from dsv3.kernels.attention import causal_attention
+from dsv3.kernels.attention import Heads, rotary_attention
 from dsv3.kernels.dot import dot
 from dsv3.kernels.norm import rms_norm
 from dsv3.kernels.swiglu import swiglu
@@ -100,9 +100,9 @@ def quick(monkeypatch):
 
 def listening(linear):
     """The reference with `linear(site, x, w)` for every product but those of the routed experts."""
-    def attention_linear(site, *heads_and_w, **settings):
-        o_BTHU = causal_attention(*heads_and_w[:-1], **settings)
-        return linear(site, o_BTHU.reshape(*o_BTHU.shape[:2], -1), heads_and_w[-1])
+    def attention_linear(site, q, kv, k_rope, rotation, w, *, scale, segment_ids_BT):
+        o_BTHU = rotary_attention(Heads(q, kv, k_rope), rotation, scale, segment_ids_BT)
+        return linear(site, o_BTHU.reshape(*o_BTHU.shape[:2], -1), w)
 
     return dataclasses.replace(
         REFERENCE, linear=linear, attention_linear=attention_linear,
