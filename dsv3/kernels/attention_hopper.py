@@ -1,0 +1,412 @@
+"""Causal attention on Hopper, forward: one persistent Pallas kernel that reads the projections' outputs where they lie.
+
+A multiprocessor works on 128 queries of one head at a time. One warpgroup streams blocks of keys and values into shared
+memory, running ahead across tiles; two others hold 64 queries each. A block costs two products, S = q k^T and
+o += P v, with an online softmax in base 2 between them. S of the next block is issued before o of this one, so that
+the softmax of one block runs beside a product of the block before it, and the two warpgroups take turns in issuing.
+
+Blocks are taken from the diagonal backwards: the masked ones come first, and maxima settle early. A tile of many blocks
+is followed on the same multiprocessor by its counterpart of few, so that all multiprocessors have the same to do.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+NOPE, ROPE, VALUE = 128, 64, 128
+"""Widths of a head: the key's own part, its rotary part, the value (report section 4.2)."""
+KEY = NOPE + ROPE
+GROUPS, HALF = 2, 64
+"""Warpgroups that multiply, and the rows of each: the height of a Hopper matrix instruction."""
+ROWS = GROUPS * HALF
+"""Of a tile."""
+CHUNK = 32
+"""Columns of the output that are staged at once."""
+MULTIPROCESSORS = 132
+"""Of an H100 or H200 (SXM); on any other number the kernels are right, only less evenly spread."""
+GROUP_REGISTERS, PRODUCER_REGISTERS = 240, 24
+LOWEST = -1e30
+"""Below any score: where the running maximum starts, so that no row ever subtracts infinity from itself."""
+MATRIX, PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+class Settings(NamedTuple):
+    """What is tuned: keys in a block, blocks in flight, whether the two warpgroups take turns in issuing products."""
+
+    block: int = 128
+    stages: int = 2
+    turns: bool = True
+
+
+class Shared(NamedTuple):
+    """Shared memory. A slot of `k` or `v` is full once its copies have landed, empty once both warpgroups are done.
+
+    The ids of segments are None where a row of the batch is one document.
+    """
+
+    q: Any
+    q_rope: Any
+    k: Any
+    k_rope: Any
+    v: Any
+    k_ids: Any
+    out: Any
+    normaliser: Any
+    q_full: Any
+    q_empty: Any
+    k_full: Any
+    k_empty: Any
+    v_full: Any
+    v_empty: Any
+    turn: Any
+
+
+class Tile(NamedTuple):
+    """`ROWS` positions from `row` on, of one head of one row of the batch, and the blocks that they meet."""
+
+    batch: jax.Array
+    head: jax.Array
+    row: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+
+def refusal(nope: int, rope: int, value: int, dtype: jnp.dtype) -> str | None:
+    """Why heads of this size cannot run here, or None."""
+    if dtype != jnp.bfloat16:
+        return f"attention in {jnp.dtype(dtype).name}: it must be bfloat16"
+    if (nope, rope, value) == (NOPE, ROPE, VALUE):
+        return None
+    return f"attention heads of {nope} + {rope} / {value}: they must be {NOPE} + {ROPE} / {VALUE}"
+
+
+def operand(*shape: int) -> plgpu.SMEM:
+    """Shared memory for a matrix (or several) in the layout that tensor cores and the copy engine agree on."""
+    swizzle = min(128, 2 * shape[-1])
+    transforms = plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def flat(x_BTHX: jax.Array) -> jax.Array:
+    """[B, T, H * X], of which a head is a run of columns. Rows come in eights: zeros are added to other lengths."""
+    x_BTX = x_BTHX.reshape(*x_BTHX.shape[:2], -1)
+    return jnp.pad(x_BTX, ((0, 0), (0, -x_BTX.shape[1] % 8), (0, 0)))
+
+
+def whole_tiles(x: jax.Array, value: float | int) -> jax.Array:
+    """The last axis in whole tiles; `value` in what is added."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % ROWS)], constant_values=value)
+
+
+def overlapping(segment_ids_BT: jax.Array, rows: int, columns: int) -> jax.Array:
+    """[B, T / rows, T / columns]: whether a block of `columns` may share a segment with a block of `rows`.
+
+    Ids in any order: what is told apart are the ranges of both, so a block may be kept for nothing, never lost.
+    """
+    blocks = lambda size: segment_ids_BT.reshape(segment_ids_BT.shape[0], -1, size)
+    bounds = lambda size: (jnp.min(blocks(size), axis=2), jnp.max(blocks(size), axis=2))
+    (low_BI, high_BI), (low_BJ, high_BJ) = bounds(rows), bounds(columns)
+    return (low_BI[:, :, None] <= high_BJ[:, None]) & (low_BJ[:, None] <= high_BI[:, :, None])
+
+
+def first_blocks(segment_ids_BT: jax.Array, block: int) -> jax.Array:
+    """[B, T / ROWS]: the first block of keys that any query of a tile may see."""
+    return jnp.argmax(overlapping(segment_ids_BT, ROWS, block), axis=2).astype(jnp.int32)
+
+
+def each_tile(batch: int, heads: int, tiles: int, body: Callable, carry: Any) -> Any:
+    """`carry = body(batch, head, tile, carry)` for this multiprocessor's share of all tiles.
+
+    Its share are pairs of a long tile and a short one; neighbouring multiprocessors have the same head, for the cache.
+    """
+    pairs = pl.cdiv(tiles, 2)
+
+    def one_pair(loop, carry):
+        index, pair = lax.div(loop.index[0], jnp.int32(pairs)), lax.rem(loop.index[0], jnp.int32(pairs))
+        row, head = lax.div(index, jnp.int32(heads)), lax.rem(index, jnp.int32(heads))
+        alone = 2 * pair + 1 == tiles
+        one = lambda second, carry: body(row, head, jnp.where(second == 0, tiles - 1 - pair, pair), carry)
+        return lax.fori_loop(jnp.int32(0), jnp.where(alone, jnp.int32(1), jnp.int32(2)), one, carry)
+
+    return plgpu.nd_loop((batch * heads * pairs,), collective_axes="multiprocessor", init_carry=carry)(one_pair)
+
+
+def multiprocessors(batch: int, heads: int, tiles: int) -> int:
+    return min(MULTIPROCESSORS, batch * heads * pl.cdiv(tiles, 2))
+
+
+def wait_for(barriers, count: jax.Array, stages: int) -> None:
+    """Before the slot of the `count`-th use is filled: until its use before that is over."""
+    @pl.when(count >= stages)
+    def _():
+        plgpu.barrier_wait(barriers.at[lax.rem(count, jnp.int32(stages))])
+
+
+def drain(barriers, count: jax.Array, stages: int) -> None:
+    """At the end no barrier is left with an arrival that nobody saw."""
+    for last in range(stages):
+        wait_for(barriers, jnp.where(count > last, count - 1 - last + stages, 0), stages)
+
+
+def visible(row, column, shape: tuple[int, int], ids: tuple | None, *, diagonal: bool, transposed: bool = False):
+    """Which of the scores from (row, column) on count: earlier positions (`diagonal`) of the same segment (`ids`).
+
+    Rows are queries and columns are keys, or the other way round (`transposed`). None: all of them.
+    """
+    mask = None
+    if diagonal:
+        position = lambda start, axis: start + plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
+        i, j = position(row, 0), position(column, 1)
+        mask = i <= j if transposed else i >= j
+    if ids is not None:
+        same = lax.broadcast_in_dim(ids[0], shape, (0,)) == lax.broadcast_in_dim(ids[1], shape, (1,))
+        mask = same if mask is None else mask & same
+    return mask
+
+
+def take_turn(shared, group: jax.Array, turns: bool, issue: Callable) -> Any:
+    """Issue products when it is this warpgroup's turn, and give the turn to the other."""
+    if turns:
+        plgpu.barrier_wait(shared.turn.at[group])
+    result = issue()
+    if turns:
+        plgpu.barrier_arrive(shared.turn.at[1 - group])
+    return result
+
+
+def with_turns(shared, group: jax.Array, turns: bool, run: Callable) -> None:
+    """The first warpgroup begins; both take the same number of turns, so one is left over at the end."""
+    if turns:
+        pl.when(group == 1)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
+    run()
+    if turns:
+        pl.when(group == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
+
+
+def write(values: jax.Array, staging, target: Callable) -> None:
+    """This warpgroup's rows, rounded, to `target(first of CHUNK columns)`, through two small buffers of `staging`.
+
+    The copy engine empties one while the other is filled.
+    """
+    for i in range(values.shape[1] // CHUNK):
+        columns = slice(i * CHUNK, (i + 1) * CHUNK)
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        staging.at[i % 2][...] = values[:, columns].astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staging.at[i % 2], target(i * CHUNK))
+
+
+def _scratch(settings: Settings, segments: bool) -> Shared:
+    block, stages = settings.block, settings.stages
+    slots = dict(num_barriers=stages)
+    return Shared(
+        q=operand(ROWS, NOPE), q_rope=operand(ROWS, ROPE),
+        k=operand(stages, block, NOPE), k_rope=operand(stages, block, ROPE), v=operand(stages, block, VALUE),
+        k_ids=plgpu.SMEM((stages, block), jnp.int32) if segments else None,
+        out=operand(GROUPS, 2, HALF, CHUNK), normaliser=plgpu.SMEM((GROUPS, HALF), jnp.float32),
+        q_full=plgpu.Barrier(num_arrivals=2), q_empty=plgpu.Barrier(num_arrivals=GROUPS),
+        k_full=plgpu.Barrier(num_arrivals=2 + segments, **slots),
+        k_empty=plgpu.Barrier(num_arrivals=GROUPS, **slots),
+        v_full=plgpu.Barrier(num_arrivals=1, **slots), v_empty=plgpu.Barrier(num_arrivals=GROUPS, **slots),
+        turn=plgpu.Barrier(num_arrivals=1, num_barriers=2))
+
+
+def _produce(shared: Shared, tiles_of: Callable, inputs: tuple, settings: Settings) -> None:
+    """Copy the queries of every tile, and its blocks from the diagonal backwards."""
+    q, q_rope, kv, k_rope, ids = inputs
+    block, stages = settings.block, settings.stages
+
+    def one_tile(tile, carry):
+        count, tiles = carry
+        rows, batch = pl.ds(tile.row, ROWS), tile.batch
+        pl.when(tiles > 0)(lambda: plgpu.barrier_wait(shared.q_empty))
+        copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, shared.q_full)
+        copy(q.at[batch, rows, pl.ds(tile.head * KEY, NOPE)], shared.q)
+        copy(q_rope.at[batch, rows, pl.ds(tile.head * ROPE, ROPE)], shared.q_rope)
+
+        def load(step, count):
+            slot, keys = lax.rem(count, jnp.int32(stages)), pl.ds((tile.last - step) * block, block)
+            column = tile.head * (NOPE + VALUE)
+            wait_for(shared.k_empty, count, stages)
+            copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, shared.k_full.at[slot])
+            copy(kv.at[batch, keys, pl.ds(column, NOPE)], shared.k.at[slot])
+            copy(k_rope.at[batch, keys], shared.k_rope.at[slot])
+            if ids is not None:
+                copy(ids.at[batch, keys], shared.k_ids.at[slot])
+            wait_for(shared.v_empty, count, stages)
+            plgpu.copy_gmem_to_smem(
+                kv.at[batch, keys, pl.ds(column + NOPE, VALUE)], shared.v.at[slot], shared.v_full.at[slot])
+            return count + 1
+
+        return lax.fori_loop(jnp.int32(0), tile.last - tile.first + 1, load, count), tiles + 1
+
+    count, tiles = tiles_of(one_tile, (jnp.int32(0), jnp.int32(0)))
+    drain(shared.k_empty, count, stages)
+    drain(shared.v_empty, count, stages)
+    pl.when(tiles > 0)(lambda: plgpu.barrier_wait(shared.q_empty))
+
+
+def _consume(shared: Shared, tiles_of: Callable, ids, outputs: tuple, scale: float, settings: Settings, group) -> None:
+    """The online softmax of half a tile's queries."""
+    o, normaliser = outputs
+    block, stages = settings.block, settings.stages
+    to_base_2 = scale * math.log2(math.e)
+    half, shape = pl.ds(group * HALF, HALF), (HALF, block)
+    down = lambda vector, width: lax.broadcast_in_dim(vector, (HALF, width), (0,))
+    start_of = lambda value: plgpu.layout_cast(jnp.full((HALF,), value, jnp.float32), PER_ROW)
+
+    def scores(slot, s):
+        plgpu.wgmma(s, shared.q.at[half], shared.k.at[slot].transpose((1, 0)))
+        plgpu.wgmma(s, shared.q_rope.at[half], shared.k_rope.at[slot].transpose((1, 0)))
+
+    def softmax(s, slot, tile, step, maximum, q_ids, *, diagonal):
+        """P, its sums, the new maxima in base 2, and what earlier sums shrink by."""
+        both = None if q_ids is None else (q_ids, plgpu.load(shared.k_ids.at[slot], layout=PER_COLUMN))
+        mask = visible(tile.row + group * HALF, (tile.last - step) * block, shape, both, diagonal=diagonal)
+        plgpu.barrier_arrive(shared.k_empty.at[slot])
+        if mask is not None:
+            s = jnp.where(mask, s, -jnp.inf)
+        new = jnp.maximum(maximum, jnp.max(s, axis=1) * to_base_2)
+        p = jnp.exp2(s * to_base_2 - down(new, block))
+        return p.astype(jnp.bfloat16), jnp.sum(p, axis=1), new, jnp.exp2(maximum - new)
+
+    def one_tile(tile, count):
+        plgpu.barrier_wait(shared.q_full)
+        rows = pl.ds(tile.row + group * HALF, HALF)
+        q_ids = None if ids is None else plgpu.load(ids.at[tile.batch, rows], layout=PER_ROW, optimized=False)
+        steps = tile.last - tile.first + 1
+        slot_of = lambda step: lax.rem(count + step, jnp.int32(stages))
+
+        def first(s):
+            plgpu.barrier_wait(shared.k_full.at[slot_of(jnp.int32(0))])
+            take_turn(shared, group, settings.turns, lambda: scores(slot_of(jnp.int32(0)), s))
+            return s[...]
+
+        def one_block(step, carry, *, diagonal):
+            """Scores of this block beside o of the block before it, then this block's softmax."""
+            total, p, sums, maximum = carry
+            slot, before = slot_of(step), slot_of(step - 1)
+            plgpu.barrier_wait(shared.k_full.at[slot])
+            plgpu.barrier_wait(shared.v_full.at[before])
+
+            def multiply(s, o):
+                def issue():
+                    o[...] = total
+                    scores(slot, s)
+                    plgpu.wgmma(o, p, shared.v.at[before])
+
+                take_turn(shared, group, settings.turns, issue)
+                found = softmax(plgpu.wgmma_accumulator_load(s, wait_n=1), slot, tile, step, maximum, q_ids,
+                                diagonal=diagonal)
+                return found, o[...]
+
+            (p, block_sums, maximum, shrink), total = pl.run_scoped(
+                multiply, plgpu.ACC((HALF, block)), plgpu.ACC((HALF, VALUE)))
+            plgpu.barrier_arrive(shared.v_empty.at[before])
+            return total * down(shrink, VALUE), p, sums * shrink + block_sums, maximum
+
+        s = pl.run_scoped(first, plgpu.ACC((HALF, block)))
+        p, sums, maximum, _ = softmax(
+            s, slot_of(jnp.int32(0)), tile, jnp.int32(0), start_of(LOWEST), q_ids, diagonal=True)
+        zero = plgpu.layout_cast(jnp.zeros((HALF, VALUE), jnp.float32), MATRIX)
+        carry = zero, p, sums, maximum
+        masked = lax.min(jnp.int32(pl.cdiv(ROWS, block)), steps)
+        if block < ROWS:
+            carry = lax.fori_loop(jnp.int32(1), masked, partial(one_block, diagonal=True), carry)
+        total, p, sums, maximum = lax.fori_loop(
+            masked if block < ROWS else jnp.int32(1), steps, partial(one_block, diagonal=False), carry)
+        plgpu.barrier_arrive(shared.q_empty)
+
+        last = slot_of(steps - 1)
+        plgpu.barrier_wait(shared.v_full.at[last])
+
+        def finish(o):
+            o[...] = total
+            plgpu.wgmma(o, p, shared.v.at[last])
+            return o[...]
+
+        total = pl.run_scoped(finish, plgpu.ACC((HALF, VALUE)))
+        plgpu.barrier_arrive(shared.v_empty.at[last])
+        write(total / down(sums, VALUE), shared.out.at[group],
+              lambda column: o.at[tile.batch, rows, pl.ds(tile.head * VALUE + column, CHUNK)])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        shared.normaliser.at[group][...] = maximum + jnp.log2(sums)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(shared.normaliser.at[group], normaliser.at[tile.batch, tile.head, rows])
+        return count + steps
+
+    with_turns(shared, group, settings.turns, lambda: tiles_of(one_tile, jnp.int32(0)))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+
+def forward(
+    q_BTHX: jax.Array,
+    q_rope_BTHR: jax.Array,
+    kv_BTHY: jax.Array,
+    k_rope_BTR: jax.Array,
+    scale: float,
+    segment_ids_BT: jax.Array | None,
+    settings: Settings,
+) -> tuple[jax.Array, jax.Array]:
+    """o_BTHU and the normaliser of every row, float32 [B, H, T] (report eq. 10).
+
+    Of a head's N + R columns of `q_BTHX` the first N are read, beside its rotated part `q_rope_BTHR`; `kv_BTHY` has key
+    and value, `k_rope_BTR` is rotated. All are bfloat16 of the widths that `refusal` accepts. Probabilities are
+    2^(scale log2(e) q k - normaliser). A position sees earlier ones of its own segment, whatever the order of ids.
+    """
+    batch, length, heads = q_BTHX.shape[:3]
+    tiles, segments = pl.cdiv(length, ROWS), segment_ids_BT is not None
+    ids_BT = whole_tiles(segment_ids_BT, -1) if segments else None
+    documents = (ids_BT, first_blocks(ids_BT, settings.block)) if segments else ()
+
+    def kernel(q, q_rope, kv, k_rope, *rest):
+        ids, first, o, normaliser = rest if segments else (None, None, *rest)
+
+        def tiles_of(body, carry):
+            def one(row, head, tile, carry):
+                start = jnp.int32(0) if first is None else first[row, tile]
+                return body(Tile(row, head, tile * ROWS, start, last_block(tile, settings.block)), carry)
+
+            return each_tile(batch, heads, tiles, one, carry)
+
+        def run(**scratch):
+            shared, group = Shared(**scratch), lax.axis_index("group")
+
+            @pl.when(group == GROUPS)
+            def _():
+                plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+                _produce(shared, tiles_of, (q, q_rope, kv, k_rope, ids), settings)
+
+            @pl.when(group < GROUPS)
+            def _():
+                plgpu.set_max_registers(GROUP_REGISTERS, action="increase")
+                _consume(shared, tiles_of, ids, (o, normaliser), scale, settings, group)
+
+        pl.run_scoped(run, **_scratch(settings, segments)._asdict(), collective_axes="group")
+
+    padded = flat(q_BTHX).shape[1]
+    out_type = [jax.ShapeDtypeStruct((batch, padded, heads * VALUE), jnp.bfloat16),
+                jax.ShapeDtypeStruct((batch, heads, tiles * ROWS), jnp.float32)]
+    o_BTX, normaliser_BHT = launch(kernel, out_type, multiprocessors(batch, heads, tiles))(
+        flat(q_BTHX), flat(q_rope_BTHR), flat(kv_BTHY), flat(k_rope_BTR), *documents)
+    return o_BTX[:, :length].reshape(batch, length, heads, VALUE), normaliser_BHT[..., :length]
+
+
+def last_block(tile: jax.Array, block: int) -> jax.Array:
+    """Where the last of a tile's queries is."""
+    return lax.div(tile * ROWS + ROWS - 1, jnp.int32(block))
+
+
+def launch(kernel: Callable, out_type: list, n_blocks: int) -> Callable:
+    """Persistent thread blocks of two warpgroups that multiply and one that copies."""
+    return plgpu.kernel(
+        kernel, out_type=out_type, grid=(n_blocks,), grid_names=("multiprocessor",), num_threads=GROUPS + 1,
+        thread_name="group", compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True, reduction_scratch_bytes=0))
