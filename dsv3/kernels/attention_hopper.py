@@ -31,7 +31,7 @@ CHUNK = 32
 """Columns of the output that are staged at once."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernels are right, only less evenly spread."""
-GROUP_REGISTERS, PRODUCER_REGISTERS = 240, 24
+GROUP_REGISTERS, PRODUCER_REGISTERS = 240, 32
 LOWEST = -1e30
 """Below any score: where the running maximum starts, so that no row ever subtracts infinity from itself."""
 MATRIX, PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -100,9 +100,9 @@ def flat(x_BTHX: jax.Array) -> jax.Array:
     return jnp.pad(x_BTX, ((0, 0), (0, -x_BTX.shape[1] % 8), (0, 0)))
 
 
-def whole_tiles(x: jax.Array, value: float | int) -> jax.Array:
-    """The last axis in whole tiles; `value` in what is added."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % ROWS)], constant_values=value)
+def whole_tiles(x: jax.Array, mode: str) -> jax.Array:
+    """The last axis in whole tiles, padded as jnp.pad does."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % ROWS)], mode=mode)
 
 
 def overlapping(segment_ids_BT: jax.Array, rows: int, columns: int) -> jax.Array:
@@ -171,14 +171,22 @@ def visible(row, column, shape: tuple[int, int], ids: tuple | None, *, diagonal:
     return mask
 
 
-def take_turn(shared, group: jax.Array, turns: bool, issue: Callable) -> Any:
-    """Issue products when it is this warpgroup's turn, and give the turn to the other."""
+def in_turn(shared, group: jax.Array, turns: bool, issue: Callable, after: Callable, *accumulators: int) -> Any:
+    """`after(*refs)`, once `issue(*refs)` has issued products into accumulators of so many columns in its turn.
+
+    The turn is awaited before there are accumulators: only without a branch in between does the assembler make zeros of
+    a fresh one by the product itself.
+    """
     if turns:
         plgpu.barrier_wait(shared.turn.at[group])
-    result = issue()
-    if turns:
-        plgpu.barrier_arrive(shared.turn.at[1 - group])
-    return result
+
+    def run(*refs):
+        issue(*refs)
+        if turns:
+            plgpu.barrier_arrive(shared.turn.at[1 - group])
+        return after(*refs)
+
+    return pl.run_scoped(run, *(plgpu.ACC((HALF, width)) for width in accumulators))
 
 
 def with_turns(shared, group: jax.Array, turns: bool, run: Callable) -> None:
@@ -275,7 +283,7 @@ def _consume(shared: Shared, tiles_of: Callable, ids, outputs: tuple, scale: flo
             s = jnp.where(mask, s, -jnp.inf)
         new = jnp.maximum(maximum, jnp.max(s, axis=1) * to_base_2)
         p = jnp.exp2(s * to_base_2 - down(new, block))
-        return p.astype(jnp.bfloat16), jnp.sum(p, axis=1), new, jnp.exp2(maximum - new)
+        return p, jnp.sum(p, axis=1), new, jnp.exp2(maximum - new)
 
     def one_tile(tile, count):
         plgpu.barrier_wait(shared.q_full)
@@ -284,39 +292,38 @@ def _consume(shared: Shared, tiles_of: Callable, ids, outputs: tuple, scale: flo
         steps = tile.last - tile.first + 1
         slot_of = lambda step: lax.rem(count + step, jnp.int32(stages))
 
-        def first(s):
-            plgpu.barrier_wait(shared.k_full.at[slot_of(jnp.int32(0))])
-            take_turn(shared, group, settings.turns, lambda: scores(slot_of(jnp.int32(0)), s))
-            return s[...]
-
         def one_block(step, carry, *, diagonal):
             """Scores of this block beside o of the block before it, then this block's softmax."""
             total, p, sums, maximum = carry
             slot, before = slot_of(step), slot_of(step - 1)
             plgpu.barrier_wait(shared.k_full.at[slot])
-            plgpu.barrier_wait(shared.v_full.at[before])
 
-            def multiply(s, o):
-                def issue():
-                    o[...] = total
-                    scores(slot, s)
-                    plgpu.wgmma(o, p, shared.v.at[before])
+            def issue(s, o):
+                o[...] = total
+                scores(slot, s)
+                plgpu.wgmma(o, p, shared.v.at[before])
 
-                take_turn(shared, group, settings.turns, issue)
+            def after(s, o):
                 found = softmax(plgpu.wgmma_accumulator_load(s, wait_n=1), slot, tile, step, maximum, q_ids,
                                 diagonal=diagonal)
+                # Without a barrier to wait for, the assembler puts the wait for o before the softmax. P stays in float32
+                # until then: if it were rounded into registers that o still reads, all products would be serialised.
+                found = lax.optimization_barrier(found)
+                plgpu.barrier_wait(shared.v_full.at[slot])
                 return found, o[...]
 
-            (p, block_sums, maximum, shrink), total = pl.run_scoped(
-                multiply, plgpu.ACC((HALF, block)), plgpu.ACC((HALF, VALUE)))
+            (p, block_sums, maximum, shrink), total = in_turn(
+                shared, group, settings.turns, issue, after, block, VALUE)
             plgpu.barrier_arrive(shared.v_empty.at[before])
-            return total * down(shrink, VALUE), p, sums * shrink + block_sums, maximum
+            return total * down(shrink, VALUE), p.astype(jnp.bfloat16), sums * shrink + block_sums, maximum
 
-        s = pl.run_scoped(first, plgpu.ACC((HALF, block)))
+        plgpu.barrier_wait(shared.k_full.at[slot_of(jnp.int32(0))])
+        s = in_turn(shared, group, settings.turns, partial(scores, slot_of(jnp.int32(0))), lambda s: s[...], block)
         p, sums, maximum, _ = softmax(
             s, slot_of(jnp.int32(0)), tile, jnp.int32(0), start_of(LOWEST), q_ids, diagonal=True)
         zero = plgpu.layout_cast(jnp.zeros((HALF, VALUE), jnp.float32), MATRIX)
-        carry = zero, p, sums, maximum
+        plgpu.barrier_wait(shared.v_full.at[slot_of(jnp.int32(0))])
+        carry = zero, p.astype(jnp.bfloat16), sums, maximum
         masked = lax.min(jnp.int32(pl.cdiv(ROWS, block)), steps)
         if block < ROWS:
             carry = lax.fori_loop(jnp.int32(1), masked, partial(one_block, diagonal=True), carry)
@@ -325,7 +332,6 @@ def _consume(shared: Shared, tiles_of: Callable, ids, outputs: tuple, scale: flo
         plgpu.barrier_arrive(shared.q_empty)
 
         last = slot_of(steps - 1)
-        plgpu.barrier_wait(shared.v_full.at[last])
 
         def finish(o):
             o[...] = total
@@ -336,7 +342,6 @@ def _consume(shared: Shared, tiles_of: Callable, ids, outputs: tuple, scale: flo
         plgpu.barrier_arrive(shared.v_empty.at[last])
         write(total / down(sums, VALUE), shared.out.at[group],
               lambda column: o.at[tile.batch, rows, pl.ds(tile.head * VALUE + column, CHUNK)])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         shared.normaliser.at[group][...] = maximum + jnp.log2(sums)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(shared.normaliser.at[group], normaliser.at[tile.batch, tile.head, rows])
@@ -363,7 +368,7 @@ def forward(
     """
     batch, length, heads = q_BTHX.shape[:3]
     tiles, segments = pl.cdiv(length, ROWS), segment_ids_BT is not None
-    ids_BT = whole_tiles(segment_ids_BT, -1) if segments else None
+    ids_BT = whole_tiles(segment_ids_BT, "edge") if segments else None
     documents = (ids_BT, first_blocks(ids_BT, settings.block)) if segments else ()
 
     def kernel(q, q_rope, kv, k_rope, *rest):
