@@ -261,6 +261,19 @@ def _produce(shared: Shared, tiles_of: Callable, inputs: tuple, settings: Settin
     pl.when(tiles > 0)(lambda: plgpu.barrier_wait(shared.q_empty))
 
 
+def split_roles(group: jax.Array, produce: Callable, consume: Callable) -> None:
+    """The last warpgroup copies, the others multiply, with most of the registers."""
+    @pl.when(group == GROUPS)
+    def _():
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        produce()
+
+    @pl.when(group < GROUPS)
+    def _():
+        plgpu.set_max_registers(GROUP_REGISTERS, action="increase")
+        consume()
+
+
 def _consume(shared: Shared, tiles_of: Callable, ids, outputs: tuple, scale: float, settings: Settings, group) -> None:
     """The online softmax of half a tile's queries."""
     o, normaliser = outputs
@@ -377,22 +390,15 @@ def forward(
         def tiles_of(body, carry):
             def one(row, head, tile, carry):
                 start = jnp.int32(0) if first is None else first[row, tile]
-                return body(Tile(row, head, tile * ROWS, start, last_block(tile, settings.block)), carry)
+                return body(Tile(row, head, tile * ROWS, start, last_block(tile, settings.block, length)), carry)
 
             return each_tile(batch, heads, tiles, one, carry)
 
         def run(**scratch):
             shared, group = Shared(**scratch), lax.axis_index("group")
 
-            @pl.when(group == GROUPS)
-            def _():
-                plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-                _produce(shared, tiles_of, (q, q_rope, kv, k_rope, ids), settings)
-
-            @pl.when(group < GROUPS)
-            def _():
-                plgpu.set_max_registers(GROUP_REGISTERS, action="increase")
-                _consume(shared, tiles_of, ids, (o, normaliser), scale, settings, group)
+            split_roles(group, lambda: _produce(shared, tiles_of, (q, q_rope, kv, k_rope, ids), settings),
+                      lambda: _consume(shared, tiles_of, ids, (o, normaliser), scale, settings, group))
 
         pl.run_scoped(run, **_scratch(settings, segments)._asdict(), collective_axes="group")
 
@@ -404,9 +410,9 @@ def forward(
     return o_BTX[:, :length].reshape(batch, length, heads, VALUE), normaliser_BHT[..., :length]
 
 
-def last_block(tile: jax.Array, block: int) -> jax.Array:
+def last_block(tile: jax.Array, block: int, length: int) -> jax.Array:
     """Where the last of a tile's queries is."""
-    return lax.div(tile * ROWS + ROWS - 1, jnp.int32(block))
+    return lax.div(lax.min(tile * ROWS + ROWS, jnp.int32(length)) - 1, jnp.int32(block))
 
 
 def launch(kernel: Callable, out_type: list, n_blocks: int) -> Callable:
