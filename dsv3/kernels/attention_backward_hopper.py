@@ -49,6 +49,7 @@ class Shared(NamedTuple):
     kept: Any
     slots: Any
     vectors: Any
+    positions: Any
     out: Any
     kept_full: Any
     kept_empty: Any
@@ -94,11 +95,12 @@ def _parts(*shape: int) -> list:
     return [operand(*shape, width) for width in (NOPE, ROPE, VALUE)]
 
 
-def _scratch(stages: int, vectors: list) -> Shared:
+def _scratch(stages: int, vectors: list, buffers: int) -> Shared:
     slots = dict(num_barriers=stages)
     return Shared(
         kept=_parts(ROWS), slots=_parts(stages, BLOCK), vectors=[plgpu.SMEM((stages, BLOCK), kind) for kind in vectors],
-        out=operand(GROUPS, 2, HALF, CHUNK), kept_full=plgpu.Barrier(num_arrivals=3),
+        positions=plgpu.SMEM((BLOCK,), jnp.int32),
+        out=operand(GROUPS, buffers, HALF, 2 * CHUNK // buffers), kept_full=plgpu.Barrier(num_arrivals=3),
         kept_empty=plgpu.Barrier(num_arrivals=GROUPS), full=plgpu.Barrier(num_arrivals=3 + len(vectors), **slots),
         empty=plgpu.Barrier(num_arrivals=GROUPS, **slots), turn=plgpu.Barrier(num_arrivals=1, num_barriers=2))
 
@@ -140,30 +142,22 @@ def _zeros(width: int) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((HALF, width), jnp.float32), MATRIX)
 
 
-def _differences(shared: Shared, group, turns: bool, slot, mask, normaliser, delta, axis: int, scale: float):
-    """P and dS of this warpgroup's rows of what the tile keeps, by a block, in float32; sums belong to `axis`."""
-    half, shape = pl.ds(group * HALF, HALF), (HALF, BLOCK)
-    own, rope, value = shared.kept
-    other, other_rope, other_value = (part.at[slot].transpose((1, 0)) for part in shared.slots)
-    along = lambda vector: lax.broadcast_in_dim(vector(), shape, (axis,))
+def _half(group: jax.Array):
+    """This warpgroup's rows of a tile. Opaque, or all their addresses would stay in registers through a loop."""
+    return pl.ds(lax.optimization_barrier(group) * HALF, HALF)
 
-    def issue(s, d_p):
-        plgpu.wgmma(s, own.at[half], other)
-        plgpu.wgmma(s, rope.at[half], other_rope)
-        plgpu.wgmma(d_p, value.at[half], other_value)
 
-    def after(s, d_p):
-        s = plgpu.wgmma_accumulator_load(s, wait_n=1)
-        if mask is not None:
-            s = jnp.where(mask, s, -jnp.inf)
-        p = jnp.exp2(s * (scale * math.log2(math.e)) - along(normaliser))
-        return p, p * (d_p[...] - along(delta))
-
-    return in_turn(shared, group, turns, issue, after, BLOCK, BLOCK)
+def _probabilities(s: jax.Array, mask_of: Callable, normaliser: jax.Array, axis: int, scale: float) -> jax.Array:
+    mask = mask_of()  # only here, or it would be in registers while the products run
+    if mask is not None:
+        s = jnp.where(mask, s, -jnp.inf)
+    return jnp.exp2(s * (scale * math.log2(math.e)) - lax.broadcast_in_dim(normaliser, s.shape, (axis,)))
 
 
 def _sum_queries(shared: Shared, tiles_of: Callable, source: Source, d_q, scale: float, settings: Settings, group):
     """d_q = scale dS k, of half a tile's queries."""
+    turn = partial(in_turn, shared, group, settings.d_q_turns)
+
     def one_tile(tile, count):
         start = tile.row + group * HALF
         rows = pl.ds(start, HALF)
@@ -175,18 +169,31 @@ def _sum_queries(shared: Shared, tiles_of: Callable, source: Source, d_q, scale:
         def one_block(block, carry, *, diagonal):
             slot = lax.rem(count + block - tile.first, jnp.int32(settings.d_q_stages))
             plgpu.barrier_wait(shared.full.at[slot])
-            ids = (own_ids[0], plgpu.load(shared.vectors[0].at[slot], layout=PER_COLUMN)) if own_ids else None
-            mask = visible(start, block * BLOCK, (HALF, BLOCK), ids, diagonal=diagonal)
-            _, d_s = _differences(
-                shared, group, settings.d_q_turns, slot, mask, lambda: normaliser, lambda: delta, 0, scale)
-            d_s = d_s.astype(jnp.bfloat16)
 
-            def issue(*refs):
-                for ref, total, part in zip(refs, carry, shared.slots[:2], strict=True):
+            def mask():
+                ids = (own_ids[0], plgpu.load(shared.vectors[0].at[slot], layout=PER_COLUMN)) if own_ids else None
+                return visible(start, block * BLOCK, (HALF, BLOCK), ids, diagonal=diagonal)
+
+            half, (k, k_rope, v) = _half(group), (part.at[slot] for part in shared.slots)
+            q, q_rope, d_o = (part.at[half] for part in shared.kept)
+
+            def start_scores(s, d_p):
+                plgpu.wgmma(s, q, k.transpose((1, 0)))
+                plgpu.wgmma(s, q_rope, k_rope.transpose((1, 0)))
+                plgpu.wgmma(d_p, d_o, v.transpose((1, 0)))
+
+            def differences(s, d_p):
+                p = _probabilities(plgpu.wgmma_accumulator_load(s, wait_n=1), mask, normaliser, 0, scale)
+                return p * (d_p[...] - lax.broadcast_in_dim(delta, p.shape, (0,)))
+
+            d_s = turn(start_scores, differences, BLOCK, BLOCK).astype(jnp.bfloat16)
+
+            def start_sums(*refs):
+                for ref, total, part in zip(refs, carry, (k, k_rope), strict=True):
                     ref[...] = total
-                    plgpu.wgmma(ref, d_s, part.at[slot])
+                    plgpu.wgmma(ref, d_s, part)
 
-            totals = in_turn(shared, group, settings.d_q_turns, issue, lambda a, b: (a[...], b[...]), NOPE, ROPE)
+            totals = turn(start_sums, lambda a, b: (a[...], b[...]), NOPE, ROPE)
             plgpu.barrier_arrive(shared.empty.at[slot])
             return totals
 
@@ -200,9 +207,26 @@ def _sum_queries(shared: Shared, tiles_of: Callable, source: Source, d_q, scale:
     with_turns(shared, group, settings.d_q_turns, lambda: tiles_of(one_tile, jnp.int32(0)))
 
 
+def _visible_below(row: jax.Array, positions: jax.Array | None, ids: tuple | None) -> jax.Array | None:
+    """`visible` of transposed scores, whose columns are queries at `positions`."""
+    shape, mask = (HALF, BLOCK), None
+    across = lambda vector: lax.broadcast_in_dim(vector, shape, (1,))
+    if positions is not None:
+        mask = row + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX) <= across(positions)
+    if ids is not None:
+        same = lax.broadcast_in_dim(ids[0], shape, (0,)) == across(ids[1])
+        mask = same if mask is None else mask & same
+    return mask
+
+
 def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, scale: float, settings: Settings, group):
     """d_v = P^T d_o and d_k = scale dS^T q, of half a tile's keys: P and dS are transposed throughout."""
     d_kv, d_k_rope = outputs
+    turn = partial(in_turn, shared, group, settings.d_kv_turns)
+    p = shared.out.at[group, 0]
+    # Read again for every block at the diagonal: what is computed from constants would stay in registers meanwhile.
+    shared.positions[...] = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=PER_COLUMN)
+    plgpu.commit_smem()
 
     def one_tile(tile, count):
         start = tile.row + group * HALF
@@ -214,30 +238,54 @@ def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, scale
             slot = lax.rem(count + block - tile.first, jnp.int32(settings.d_kv_stages))
             plgpu.barrier_wait(shared.full.at[slot])
             column = lambda i: plgpu.load(shared.vectors[i].at[slot], layout=PER_COLUMN)
-            ids = (own_ids[0], column(2)) if own_ids else None
-            mask = visible(start, block * BLOCK, (HALF, BLOCK), ids, diagonal=diagonal, transposed=True)
-            p, d_s = _differences(
-                shared, group, settings.d_kv_turns, slot, mask, lambda: column(0), lambda: column(1), 1, scale)
-            p, d_s = p.astype(jnp.bfloat16), d_s.astype(jnp.bfloat16)
-            q, q_rope, d_o = (part.at[slot] for part in shared.slots)
 
-            def issue(*refs):
-                products = ((p, d_o), (d_s, q), (d_s, q_rope))
-                for ref, total, (left, right) in zip(refs, carry, products, strict=True):
+            def mask():
+                across = plgpu.load(shared.positions, layout=PER_COLUMN) if diagonal else None
+                ids = (own_ids[0], column(2)) if own_ids else None
+                return _visible_below(start - block * BLOCK, across, ids)
+
+            half, (q, q_rope, d_o) = _half(group), (part.at[slot] for part in shared.slots)
+            k, k_rope, v = (part.at[half] for part in shared.kept)
+            d_v, d_k, d_rope = carry
+
+            def start_scores(s):
+                plgpu.wgmma(s, k, q.transpose((1, 0)))
+                plgpu.wgmma(s, k_rope, q_rope.transpose((1, 0)))
+
+            s = turn(start_scores, lambda s: s[...], BLOCK)
+            p[...] = _probabilities(s, mask, column(0), 1, scale).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+
+            less = -lax.broadcast_in_dim(column(1), (HALF, BLOCK), (1,))
+
+            def start_values(d_p, ref):
+                d_p[...], ref[...] = less, d_v
+                plgpu.wgmma(d_p, v, d_o.transpose((1, 0)))
+                plgpu.wgmma(ref, p, d_o)
+
+            def differences(d_p, ref):
+                d_s = plgpu.load(p, layout=MATRIX).astype(jnp.float32) * plgpu.wgmma_accumulator_load(d_p, wait_n=1)
+                return lax.optimization_barrier(d_s), ref[...]
+
+            d_s, d_v = turn(start_values, differences, BLOCK, VALUE)
+            d_s = d_s.astype(jnp.bfloat16)
+
+            def start_keys(*refs):
+                for ref, total, part in zip(refs, (d_k, d_rope), (q, q_rope), strict=True):
                     ref[...] = total
-                    plgpu.wgmma(ref, left, right)
+                    plgpu.wgmma(ref, d_s, part)
 
-            totals = in_turn(shared, group, settings.d_kv_turns, issue, lambda *refs: tuple(ref[...] for ref in refs),
-                             VALUE, NOPE, ROPE)
+            totals = d_v, *turn(start_keys, lambda a, b: (a[...], b[...]), NOPE, ROPE)
             plgpu.barrier_arrive(shared.empty.at[slot])
             return totals
 
         d_v, d_k, d_rope = _blocks(tile, one_block, True, (_zeros(VALUE), _zeros(NOPE), _zeros(ROPE)))
         plgpu.barrier_arrive(shared.kept_empty)
-        place = lambda out, first: lambda column: out.at[tile.batch, rows, pl.ds(first + column, CHUNK)]
+        place = lambda out, first: lambda column: out.at[tile.batch, rows, pl.ds(first + column, 2 * CHUNK)]
         write(d_k * scale, shared.out.at[group], place(d_kv, tile.head * ACROSS))
         write(d_v, shared.out.at[group], place(d_kv, tile.head * ACROSS + NOPE))
         write(d_rope * scale, shared.out.at[group], place(d_k_rope, tile.head * ROPE))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         return count + tile.last - tile.first + 1
 
     with_turns(shared, group, settings.d_kv_turns, lambda: tiles_of(one_tile, jnp.int32(0)))
@@ -277,7 +325,7 @@ def _run(consume: Callable, source: Source, out_type: list, stages: int, *, quer
             split_roles(group, lambda: _produce(shared, tiles_of, kept, block, stages),
                         lambda: consume(shared, tiles_of, at, outputs, group=group))
 
-        pl.run_scoped(run, **_scratch(stages, vectors)._asdict(), collective_axes="group")
+        pl.run_scoped(run, **_scratch(stages, vectors, 2 if queries_kept else 1)._asdict(), collective_axes="group")
 
     arguments = [getattr(given, name) for name in present]
     return launch(kernel, out_type, multiprocessors(batch, heads, tiles))(*arguments)

@@ -31,7 +31,7 @@ CHUNK = 32
 """Columns of the output that are staged at once."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernels are right, only less evenly spread."""
-GROUP_REGISTERS, PRODUCER_REGISTERS = 240, 32
+GROUP_REGISTERS, PRODUCER_REGISTERS = 240, 24
 LOWEST = -1e30
 """Below any score: where the running maximum starts, so that no row ever subtracts infinity from itself."""
 MATRIX, PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -199,16 +199,16 @@ def with_turns(shared, group: jax.Array, turns: bool, run: Callable) -> None:
 
 
 def write(values: jax.Array, staging, target: Callable) -> None:
-    """This warpgroup's rows, rounded, to `target(first of CHUNK columns)`, through two small buffers of `staging`.
+    """This warpgroup's rows, rounded, to `target(first column)`, through the buffers of `staging` in turn.
 
-    The copy engine empties one while the other is filled.
+    The copy engine empties one while the other is filled. Calls must leave the first buffer as the next in turn.
     """
-    for i in range(values.shape[1] // CHUNK):
-        columns = slice(i * CHUNK, (i + 1) * CHUNK)
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        staging.at[i % 2][...] = values[:, columns].astype(jnp.bfloat16)
+    buffers, _, width = staging.shape
+    for i in range(values.shape[1] // width):
+        plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
+        staging.at[i % buffers][...] = values[:, i * width:(i + 1) * width].astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staging.at[i % 2], target(i * CHUNK))
+        plgpu.copy_smem_to_gmem(staging.at[i % buffers], target(i * width))
 
 
 def _scratch(settings: Settings, segments: bool) -> Shared:
