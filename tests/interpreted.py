@@ -9,6 +9,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax._src.pallas.mosaic_gpu import primitives
 from jax._src.state import primitives as state
 from jax._src.state import types
@@ -39,3 +40,16 @@ def interpreted():
           mock.patch.object(primitives, "wgmma_accumulator_store", _set_accumulator),
           plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())):
         yield
+
+
+def attention_inputs(batch: int, length: int, heads: int, seed: int = 0) -> tuple[jax.Array, ...]:
+    """q with its rotary part not yet turned (other numbers than `q_rope`), q_rope, kv and k_rope, in bfloat16."""
+    rng = np.random.default_rng(seed)
+    shapes = (batch, length, heads, 192), (batch, length, heads, 64), (batch, length, heads, 256), (batch, length, 64)
+    return tuple(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+
+
+def split(q_BTHX, q_rope_BTHR, kv_BTHY, k_rope_BTR) -> tuple[jax.Array, ...]:
+    """What `causal_attention` takes, in float32."""
+    parts = q_BTHX[..., :128], q_rope_BTHR, kv_BTHY[..., :128], k_rope_BTR, kv_BTHY[..., 128:]
+    return tuple(part.astype(jnp.float32) for part in parts)

@@ -1,4 +1,4 @@
-"""Causal attention on Hopper, backward: two persistent Pallas kernels, without atomics, so equal inputs give equal bits.
+"""Causal attention on Hopper, backward: two persistent Pallas kernels, without atomics: equal inputs give equal bits.
 
 One keeps 128 queries and sums d_q over blocks of earlier keys, the other keeps 128 keys and sums d_k and d_v over
 blocks of later queries. Both recompute P = 2^(S - normaliser) and dS = P (dP - delta), with S = q k^T in base 2,
@@ -19,10 +19,36 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3.kernels.attention_hopper import (
-    CHUNK, GROUPS, HALF, KEY, MATRIX, NOPE, PER_COLUMN, PER_ROW, ROPE, ROWS, VALUE, Tile,
-    drain, each_tile, first_blocks, flat, in_turn, last_block, launch, multiprocessors, operand, overlapping,
-    split_roles, visible, wait_for, whole_tiles, with_turns, write)
+from dsv3.kernels.attention_tiles_hopper import (
+    CHUNK,
+    GROUPS,
+    HALF,
+    KEY,
+    MATRIX,
+    NOPE,
+    PER_COLUMN,
+    PER_ROW,
+    ROPE,
+    ROWS,
+    VALUE,
+    Tile,
+    drain,
+    each_tile,
+    first_blocks,
+    flat,
+    in_turn,
+    last_block,
+    launch,
+    multiprocessors,
+    operand,
+    overlapping,
+    split_roles,
+    visible,
+    wait_for,
+    whole_tiles,
+    with_turns,
+    write,
+)
 
 BLOCK = 64
 """Positions of a streamed block: more would not fit the registers beside the sums."""
@@ -98,8 +124,8 @@ def _parts(*shape: int) -> list:
 def _scratch(stages: int, vectors: list, buffers: int) -> Shared:
     slots = dict(num_barriers=stages)
     return Shared(
-        kept=_parts(ROWS), slots=_parts(stages, BLOCK), vectors=[plgpu.SMEM((stages, BLOCK), kind) for kind in vectors],
-        positions=plgpu.SMEM((BLOCK,), jnp.int32),
+        kept=_parts(ROWS), slots=_parts(stages, BLOCK),
+        vectors=[plgpu.SMEM((stages, BLOCK), kind) for kind in vectors], positions=plgpu.SMEM((BLOCK,), jnp.int32),
         out=operand(GROUPS, buffers, HALF, 2 * CHUNK // buffers), kept_full=plgpu.Barrier(num_arrivals=3),
         kept_empty=plgpu.Barrier(num_arrivals=GROUPS), full=plgpu.Barrier(num_arrivals=3 + len(vectors), **slots),
         empty=plgpu.Barrier(num_arrivals=GROUPS, **slots), turn=plgpu.Barrier(num_arrivals=1, num_barriers=2))
@@ -129,7 +155,7 @@ def _produce(shared: Shared, tiles_of: Callable, kept: Callable, streamed: Calla
 
 
 def _blocks(tile: Tile, one_block: Callable, masked_first: bool, carry: Any) -> Any:
-    """All blocks of a tile, `carry = one_block(block, carry, diagonal=...)`; those at the diagonal come first or last."""
+    """All blocks of a tile, `carry = one_block(block, carry, diagonal=...)`; the diagonal's are first or last."""
     on, off = partial(one_block, diagonal=True), partial(one_block, diagonal=False)
     if masked_first:
         middle = lax.min(tile.first + ROWS // BLOCK, tile.last + 1)
@@ -293,15 +319,14 @@ def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, scale
 
 def _run(consume: Callable, source: Source, out_type: list, stages: int, *, queries_kept: bool, length: int) -> Any:
     """One of the two kernels: what a tile keeps is read by `consume(shared, tiles_of, source, outputs, group)`."""
-    given = Source(*(x for x in source))
-    present = [name for name in Source._fields if getattr(given, name) is not None]
-    batch, heads, width = given.normaliser.shape
+    present = [name for name in Source._fields if getattr(source, name) is not None]
+    batch, heads, width = source.normaliser.shape
     tiles = width // ROWS
     vectors = [] if queries_kept else [jnp.float32, jnp.float32]
-    vectors += [] if given.ids is None else [jnp.int32]
+    vectors += [] if source.ids is None else [jnp.int32]
 
     def kernel(*refs):
-        at = given._replace(**dict(zip(present, refs[:len(present)], strict=True)))
+        at = source._replace(**dict(zip(present, refs[:len(present)], strict=True)))
         outputs = refs[len(present):]
 
         def tiles_of(body, carry):
@@ -327,7 +352,7 @@ def _run(consume: Callable, source: Source, out_type: list, stages: int, *, quer
 
         pl.run_scoped(run, **_scratch(stages, vectors, 2 if queries_kept else 1)._asdict(), collective_axes="group")
 
-    arguments = [getattr(given, name) for name in present]
+    arguments = [getattr(source, name) for name in present]
     return launch(kernel, out_type, multiprocessors(batch, heads, tiles))(*arguments)
 
 

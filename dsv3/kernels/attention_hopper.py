@@ -20,21 +20,38 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-NOPE, ROPE, VALUE = 128, 64, 128
-"""Widths of a head: the key's own part, its rotary part, the value (report section 4.2)."""
-KEY = NOPE + ROPE
-GROUPS, HALF = 2, 64
-"""Warpgroups that multiply, and the rows of each: the height of a Hopper matrix instruction."""
-ROWS = GROUPS * HALF
-"""Of a tile."""
-CHUNK = 32
-"""Columns of the output that are staged at once."""
-MULTIPROCESSORS = 132
-"""Of an H100 or H200 (SXM); on any other number the kernels are right, only less evenly spread."""
-GROUP_REGISTERS, PRODUCER_REGISTERS = 240, 24
+from dsv3.kernels.attention_tiles_hopper import (
+    CHUNK,
+    GROUPS,
+    HALF,
+    KEY,
+    MATRIX,
+    NOPE,
+    PER_COLUMN,
+    PER_ROW,
+    ROPE,
+    ROWS,
+    VALUE,
+    Tile,
+    drain,
+    each_tile,
+    first_blocks,
+    flat,
+    in_turn,
+    last_block,
+    launch,
+    multiprocessors,
+    operand,
+    split_roles,
+    visible,
+    wait_for,
+    whole_tiles,
+    with_turns,
+    write,
+)
+
 LOWEST = -1e30
 """Below any score: where the running maximum starts, so that no row ever subtracts infinity from itself."""
-MATRIX, PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 class Settings(NamedTuple):
@@ -68,16 +85,6 @@ class Shared(NamedTuple):
     turn: Any
 
 
-class Tile(NamedTuple):
-    """`ROWS` positions from `row` on, of one head of one row of the batch, and the blocks that they meet."""
-
-    batch: jax.Array
-    head: jax.Array
-    row: jax.Array
-    first: jax.Array
-    last: jax.Array
-
-
 def refusal(nope: int, rope: int, value: int, dtype: jnp.dtype) -> str | None:
     """Why heads of this size cannot run here, or None."""
     if dtype != jnp.bfloat16:
@@ -85,130 +92,6 @@ def refusal(nope: int, rope: int, value: int, dtype: jnp.dtype) -> str | None:
     if (nope, rope, value) == (NOPE, ROPE, VALUE):
         return None
     return f"attention heads of {nope} + {rope} / {value}: they must be {NOPE} + {ROPE} / {VALUE}"
-
-
-def operand(*shape: int) -> plgpu.SMEM:
-    """Shared memory for a matrix (or several) in the layout that tensor cores and the copy engine agree on."""
-    swizzle = min(128, 2 * shape[-1])
-    transforms = plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
-
-
-def flat(x_BTHX: jax.Array) -> jax.Array:
-    """[B, T, H * X], of which a head is a run of columns. Rows come in eights: zeros are added to other lengths."""
-    x_BTX = x_BTHX.reshape(*x_BTHX.shape[:2], -1)
-    return jnp.pad(x_BTX, ((0, 0), (0, -x_BTX.shape[1] % 8), (0, 0)))
-
-
-def whole_tiles(x: jax.Array, mode: str) -> jax.Array:
-    """The last axis in whole tiles, padded as jnp.pad does."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % ROWS)], mode=mode)
-
-
-def overlapping(segment_ids_BT: jax.Array, rows: int, columns: int) -> jax.Array:
-    """[B, T / rows, T / columns]: whether a block of `columns` may share a segment with a block of `rows`.
-
-    Ids in any order: what is told apart are the ranges of both, so a block may be kept for nothing, never lost.
-    """
-    blocks = lambda size: segment_ids_BT.reshape(segment_ids_BT.shape[0], -1, size)
-    bounds = lambda size: (jnp.min(blocks(size), axis=2), jnp.max(blocks(size), axis=2))
-    (low_BI, high_BI), (low_BJ, high_BJ) = bounds(rows), bounds(columns)
-    return (low_BI[:, :, None] <= high_BJ[:, None]) & (low_BJ[:, None] <= high_BI[:, :, None])
-
-
-def first_blocks(segment_ids_BT: jax.Array, block: int) -> jax.Array:
-    """[B, T / ROWS]: the first block of keys that any query of a tile may see."""
-    return jnp.argmax(overlapping(segment_ids_BT, ROWS, block), axis=2).astype(jnp.int32)
-
-
-def each_tile(batch: int, heads: int, tiles: int, body: Callable, carry: Any) -> Any:
-    """`carry = body(batch, head, tile, carry)` for this multiprocessor's share of all tiles.
-
-    Its share are pairs of a long tile and a short one; neighbouring multiprocessors have the same head, for the cache.
-    """
-    pairs = pl.cdiv(tiles, 2)
-
-    def one_pair(loop, carry):
-        index, pair = lax.div(loop.index[0], jnp.int32(pairs)), lax.rem(loop.index[0], jnp.int32(pairs))
-        row, head = lax.div(index, jnp.int32(heads)), lax.rem(index, jnp.int32(heads))
-        alone = 2 * pair + 1 == tiles
-        one = lambda second, carry: body(row, head, jnp.where(second == 0, tiles - 1 - pair, pair), carry)
-        return lax.fori_loop(jnp.int32(0), jnp.where(alone, jnp.int32(1), jnp.int32(2)), one, carry)
-
-    return plgpu.nd_loop((batch * heads * pairs,), collective_axes="multiprocessor", init_carry=carry)(one_pair)
-
-
-def multiprocessors(batch: int, heads: int, tiles: int) -> int:
-    return min(MULTIPROCESSORS, batch * heads * pl.cdiv(tiles, 2))
-
-
-def wait_for(barriers, count: jax.Array, stages: int) -> None:
-    """Before the slot of the `count`-th use is filled: until its use before that is over."""
-    @pl.when(count >= stages)
-    def _():
-        plgpu.barrier_wait(barriers.at[lax.rem(count, jnp.int32(stages))])
-
-
-def drain(barriers, count: jax.Array, stages: int) -> None:
-    """At the end no barrier is left with an arrival that nobody saw."""
-    for last in range(stages):
-        wait_for(barriers, jnp.where(count > last, count - 1 - last + stages, 0), stages)
-
-
-def visible(row, column, shape: tuple[int, int], ids: tuple | None, *, diagonal: bool, transposed: bool = False):
-    """Which of the scores from (row, column) on count: earlier positions (`diagonal`) of the same segment (`ids`).
-
-    Rows are queries and columns are keys, or the other way round (`transposed`). None: all of them.
-    """
-    mask = None
-    if diagonal:
-        position = lambda start, axis: start + plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
-        i, j = position(row, 0), position(column, 1)
-        mask = i <= j if transposed else i >= j
-    if ids is not None:
-        same = lax.broadcast_in_dim(ids[0], shape, (0,)) == lax.broadcast_in_dim(ids[1], shape, (1,))
-        mask = same if mask is None else mask & same
-    return mask
-
-
-def in_turn(shared, group: jax.Array, turns: bool, issue: Callable, after: Callable, *accumulators: int) -> Any:
-    """`after(*refs)`, once `issue(*refs)` has issued products into accumulators of so many columns in its turn.
-
-    The turn is awaited before there are accumulators: only without a branch in between does the assembler make zeros of
-    a fresh one by the product itself.
-    """
-    if turns:
-        plgpu.barrier_wait(shared.turn.at[group])
-
-    def run(*refs):
-        issue(*refs)
-        if turns:
-            plgpu.barrier_arrive(shared.turn.at[1 - group])
-        return after(*refs)
-
-    return pl.run_scoped(run, *(plgpu.ACC((HALF, width)) for width in accumulators))
-
-
-def with_turns(shared, group: jax.Array, turns: bool, run: Callable) -> None:
-    """The first warpgroup begins; both take the same number of turns, so one is left over at the end."""
-    if turns:
-        pl.when(group == 1)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
-    run()
-    if turns:
-        pl.when(group == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
-
-
-def write(values: jax.Array, staging, target: Callable) -> None:
-    """This warpgroup's rows, rounded, to `target(first column)`, through the buffers of `staging` in turn.
-
-    The copy engine empties one while the other is filled. Calls must leave the first buffer as the next in turn.
-    """
-    buffers, _, width = staging.shape
-    for i in range(values.shape[1] // width):
-        plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
-        staging.at[i % buffers][...] = values[:, i * width:(i + 1) * width].astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staging.at[i % buffers], target(i * width))
 
 
 def _scratch(settings: Settings, segments: bool) -> Shared:
@@ -261,20 +144,7 @@ def _produce(shared: Shared, tiles_of: Callable, inputs: tuple, settings: Settin
     pl.when(tiles > 0)(lambda: plgpu.barrier_wait(shared.q_empty))
 
 
-def split_roles(group: jax.Array, produce: Callable, consume: Callable) -> None:
-    """The last warpgroup copies, the others multiply, with most of the registers."""
-    @pl.when(group == GROUPS)
-    def _():
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        produce()
-
-    @pl.when(group < GROUPS)
-    def _():
-        plgpu.set_max_registers(GROUP_REGISTERS, action="increase")
-        consume()
-
-
-def _consume(shared: Shared, tiles_of: Callable, ids, outputs: tuple, scale: float, settings: Settings, group) -> None:
+def _consume(shared: Shared, tiles_of: Callable, ids, outputs: tuple, scale: float, settings: Settings, group):
     """The online softmax of half a tile's queries."""
     o, normaliser = outputs
     block, stages = settings.block, settings.stages
@@ -319,8 +189,8 @@ def _consume(shared: Shared, tiles_of: Callable, ids, outputs: tuple, scale: flo
             def after(s, o):
                 found = softmax(plgpu.wgmma_accumulator_load(s, wait_n=1), slot, tile, step, maximum, q_ids,
                                 diagonal=diagonal)
-                # Without a barrier to wait for, the assembler puts the wait for o before the softmax. P stays in float32
-                # until then: if it were rounded into registers that o still reads, all products would be serialised.
+                # Without a barrier to wait for, the assembler puts the wait for o before the softmax. P stays in
+                # float32 until then: if it were rounded into registers that o still reads, all products would be serialised.
                 found = lax.optimization_barrier(found)
                 plgpu.barrier_wait(shared.v_full.at[slot])
                 return found, o[...]
@@ -396,9 +266,8 @@ def forward(
 
         def run(**scratch):
             shared, group = Shared(**scratch), lax.axis_index("group")
-
             split_roles(group, lambda: _produce(shared, tiles_of, (q, q_rope, kv, k_rope, ids), settings),
-                      lambda: _consume(shared, tiles_of, ids, (o, normaliser), scale, settings, group))
+                        lambda: _consume(shared, tiles_of, ids, (o, normaliser), scale, settings, group))
 
         pl.run_scoped(run, **_scratch(settings, segments)._asdict(), collective_axes="group")
 
@@ -408,16 +277,3 @@ def forward(
     o_BTX, normaliser_BHT = launch(kernel, out_type, multiprocessors(batch, heads, tiles))(
         flat(q_BTHX), flat(q_rope_BTHR), flat(kv_BTHY), flat(k_rope_BTR), *documents)
     return o_BTX[:, :length].reshape(batch, length, heads, VALUE), normaliser_BHT[..., :length]
-
-
-def last_block(tile: jax.Array, block: int, length: int) -> jax.Array:
-    """Where the last of a tile's queries is."""
-    return lax.div(lax.min(tile * ROWS + ROWS, jnp.int32(length)) - 1, jnp.int32(block))
-
-
-def launch(kernel: Callable, out_type: list, n_blocks: int) -> Callable:
-    """Persistent thread blocks of two warpgroups that multiply and one that copies."""
-    return plgpu.kernel(
-        kernel, out_type=out_type, grid=(n_blocks,), grid_names=("multiprocessor",), num_threads=GROUPS + 1,
-        thread_name="group", compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True, reduction_scratch_bytes=0))
