@@ -1,7 +1,8 @@
 """Causal attention with keys of 192 and values of 128: python -m experiments.benchmark attention [--peers]
 
 Forward, and forward with backward. Operations count the causal half of the square: two products forward and, of the
-backward pass's five, the four that are no recomputation.
+backward pass's five, the four that are no recomputation. Our kernels get whole heads, as projections leave them; cuDNN
+gets the parts that it needs joined, and joins them itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from dsv3.kernels import attention_backward_hopper, attention_hopper
 from dsv3.kernels.attention import causal_attention
 from dsv3.kernels.attention_cudnn import causal_attention_cudnn
 from experiments import benchmark_table, peers_torch
@@ -71,6 +73,48 @@ def joined(q_nope, q_rope, k_nope, k_rope, v, d_out, ids_BT) -> tuple[jax.Array,
     return jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, shared], -1), v, d_out
 
 
+def whole(q_nope, q_rope, k_nope, k_rope, v, d_out, ids_BT) -> tuple[jax.Array, ...]:
+    """q, its turned part (here equal to the part in q, which nobody may read), kv, k_rope, d_out, ids."""
+    return (jnp.concatenate([q_nope, q_rope], -1), q_rope, jnp.concatenate([k_nope, v], -1), k_rope, d_out, ids_BT)
+
+
+def whole_forward(q, q_rope, kv, k_rope, ids_BT, how: attention_hopper.Settings) -> tuple[jax.Array, jax.Array]:
+    return attention_hopper.forward(q, q_rope, kv, k_rope, SCALE, ids_BT, how)
+
+
+def whole_backward(
+    q, q_rope, kv, k_rope, d_out, ids_BT, o, normaliser, how: attention_backward_hopper.Settings,
+) -> tuple[jax.Array, ...]:
+    return attention_backward_hopper.backward(q, q_rope, kv, k_rope, SCALE, ids_BT, o, normaliser, d_out, how)
+
+
+def whole_expected(q, q_rope, kv, k_rope, d_out, ids_BT) -> tuple[jax.Array, ...]:
+    """o, d_q with the turned part's gradient in its place, d_kv, d_k_rope."""
+    attend = lambda *parts: few_heads_at_once(*parts, segment_ids_BT=ids_BT)
+    parts = q[..., :NOPE], q_rope, kv[..., :NOPE], k_rope, kv[..., NOPE:]
+    o, d_q, d_q_rope, d_k, d_k_rope, d_v = value_and_gradients(
+        attend, [part.astype(jnp.float32) for part in parts], d_out)
+    return o, jnp.concatenate([d_q, d_q_rope], -1), jnp.concatenate([d_k, d_v], -1), d_k_rope
+
+
+def own_contestant(backward: bool, segments: bool) -> Contestant:
+    """Our kernels, on whole heads."""
+    def run(*arrays):
+        *inputs, d_out, ids_BT = arrays
+        ids_BT = ids_BT if segments else None
+        o, normaliser = whole_forward(*inputs, ids_BT, attention_hopper.Settings())
+        if not backward:
+            return o
+        how = attention_backward_hopper.Settings()
+        return o, *whole_backward(*inputs, d_out, ids_BT, o, normaliser, how)
+
+    def expected(*arrays):
+        found = whole_expected(*arrays[:-1], arrays[-1] if segments else None)
+        return found if backward else found[0]
+
+    return Contestant(run, expected, whole)
+
+
 def torch_contestant(backward: bool) -> Contestant:
     def expected(q, k, v, d_out):
         attend = lambda q, k, v: few_heads_at_once(q, q[..., :0], k, k[:, :, 0, :0], v, segment_ids_BT=None)
@@ -91,6 +135,7 @@ def cases_of(name: str, rows: int, tokens: int, heads: int, segments: bool = Fal
     found = []
     for backward in (False, True):
         contestants = {form: contestant(function, backward, segments) for form, function in FORMS.items()}
+        contestants["own kernels"] = own_contestant(backward, segments)
         if not segments:
             contestants["cuDNN from torch"] = torch_contestant(backward)
         found.append(Case("forward and backward" if backward else "forward", name,

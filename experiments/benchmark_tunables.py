@@ -11,13 +11,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from dsv3.kernels import fp8_hopper, scaled_dot_hopper
+from dsv3.kernels import attention_backward_hopper, attention_hopper, fp8_hopper, scaled_dot_hopper
 from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.grouped_dot import block_experts, padded_rows
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles, whole
 from dsv3.kernels.scaled_dot_hopper import DEPTH, HALF, ROWS, Tuning
 from dsv3.kernels.scaled_products_hopper import NARROW, cost, default_tuning
 from dsv3.kernels.stream_hopper import Streaming
+from experiments import benchmark_attention
 from experiments.benchmark_gemm import SHAPES
 from experiments.benchmark_grouped import group_sizes
 from experiments.benchmark_rows import FORMS, GATE_UP, ROUTED, TOKENS
@@ -205,5 +206,38 @@ def stream(name: str) -> Tunable:
                    partial(form.call, getattr(REFERENCE, form.function)))
 
 
-TUNABLES: tuple[Tunable, ...] = (*PRODUCTS, *map(stream, STREAMS))
+ATTENTION_TOKENS, ATTENTION_HEADS = 16_384, 128
+"""What attention is tuned at; an entry is for a length of rows."""
+LENGTHS = ((4096,), (2048,), (8192,))
+FORWARD_ATTENTION = [attention_hopper.Settings(*how) for how in (
+    (128, 2, True), (128, 2, False), (64, 4, True), (64, 3, True), (64, 4, False))]
+BACKWARD_ATTENTION = [attention_backward_hopper.Settings(*how) for how in (
+    (3, True, 3, True), (3, False, 3, True), (3, True, 3, False), (3, False, 3, False), (2, True, 2, True))]
+
+
+def attention_inputs(shape: tuple[int, ...], seed: int) -> tuple[jax.Array, ...]:
+    """Whole heads of rows of one document, and the gradient of the output."""
+    length, = shape
+    parts = benchmark_attention.inputs_of(seed, ATTENTION_TOKENS // length, length, ATTENTION_HEADS, segments=False)
+    return benchmark_attention.whole(*parts)[:-1]
+
+
+def gradient_attention_inputs(shape: tuple[int, ...], seed: int) -> tuple[jax.Array, ...]:
+    """The same, and what the forward kernel leaves."""
+    *inputs, d_out = attention_inputs(shape, seed)
+    return *inputs, d_out, *benchmark_attention.whole_forward(*inputs, None, attention_hopper.Settings())
+
+
+ATTENTION = (
+    Tunable(
+        "attention_forward", LENGTHS, lambda shape: FORWARD_ATTENTION,
+        lambda shape, how: lambda *arrays: benchmark_attention.whole_forward(*arrays[:4], None, how)[0],
+        attention_inputs, lambda *arrays: benchmark_attention.whole_expected(*arrays, None)[0]),
+    Tunable(
+        "attention_backward", LENGTHS, lambda shape: BACKWARD_ATTENTION,
+        lambda shape, how: lambda *arrays: benchmark_attention.whole_backward(*arrays[:5], None, *arrays[5:], how),
+        gradient_attention_inputs, lambda *arrays: benchmark_attention.whole_expected(*arrays[:5], None)[1:]),
+)
+
+TUNABLES: tuple[Tunable, ...] = (*PRODUCTS, *map(stream, STREAMS), *ATTENTION)
 """Every kernel that `tune` knows."""

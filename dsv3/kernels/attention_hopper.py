@@ -189,8 +189,8 @@ def _consume(shared: Shared, tiles_of: Callable, ids, outputs: tuple, scale: flo
             def after(s, o):
                 found = softmax(plgpu.wgmma_accumulator_load(s, wait_n=1), slot, tile, step, maximum, q_ids,
                                 diagonal=diagonal)
-                # Without a barrier to wait for, the assembler puts the wait for o before the softmax. P stays in
-                # float32 until then: if it were rounded into registers that o still reads, all products would be serialised.
+                # Without a barrier to wait for, the assembler puts the wait for o before the softmax. P is in float32
+                # until then: if it were rounded into registers that o still reads, all products would be serialised.
                 found = lax.optimization_barrier(found)
                 plgpu.barrier_wait(shared.v_full.at[slot])
                 return found, o[...]

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3.kernels import fp8_hopper, scaled_products_hopper
+from dsv3.kernels import attention_backward_hopper, attention_hopper, fp8_hopper, scaled_products_hopper
+from dsv3.kernels.attention import causal_attention
 from dsv3.kernels.scaled_dot_hopper import Tuning
-from experiments import benchmark_tunables
+from experiments import benchmark_attention, benchmark_tunables
 from experiments.benchmark_table import distance
 from experiments.benchmark_tunables import PRODUCTS, SHARED_BYTES, TUNABLES, cost, product_candidates, shared_bytes
 
@@ -70,7 +71,30 @@ def test_a_stream_asks_for_the_entry_that_was_swept(asked):
 
 
 def test_every_kernel_of_training_is_swept():
-    assert set(BY_NAME) == {*fp8_hopper.FAST, *PRODUCT_CALLS} and len(BY_NAME) == len(TUNABLES)
+    attention = {"attention_forward", "attention_backward"}
+    assert set(BY_NAME) == {*fp8_hopper.FAST, *PRODUCT_CALLS, *attention} and len(BY_NAME) == len(TUNABLES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module, kernel", [
+    (attention_hopper, "attention_forward"), (attention_backward_hopper, "attention_backward")])
+def test_candidates_of_attention_start_with_the_default_and_lower(module, kernel):
+    """Shared memory is counted when a kernel is lowered."""
+    tunable = BY_NAME[kernel]
+    candidates = tunable.candidates((2048,))
+    assert candidates[0] == module.Settings() and len(set(candidates)) == len(candidates) >= 3
+    arrays = jax.eval_shape(lambda: tunable.inputs((2048,), 0))
+    for how in candidates:
+        jax.jit(tunable.make((2048,), how)).trace(*arrays).lower(lowering_platforms=("cuda",))
+
+
+def test_the_references_of_attention_agree_with_the_reference_gradients():
+    """o, d_q, d_kv and d_k_rope of whole heads against the parts that cuDNN's contestant returns."""
+    inputs = benchmark_attention.inputs_of(0, 1, 32, 8, segments=True)
+    o, d_q, d_kv, d_k_rope = benchmark_attention.whole_expected(*benchmark_attention.whole(*inputs))
+    want = benchmark_attention.contestant(causal_attention, True, True).expected(*inputs)
+    for got, wanted in zip((o, d_q[..., :128], d_q[..., 128:], d_kv[..., :128], d_k_rope, d_kv[..., 128:]), want):
+        assert distance(got, wanted) < 0.004  # those are rounded to bfloat16
 
 
 def test_fast_forms_take_the_settings_of_the_table(monkeypatch):
