@@ -42,6 +42,7 @@ from dsv3.kernels.attention_tiles_hopper import (
     multiprocessors,
     operand,
     overlapping,
+    own_half,
     split_roles,
     visible,
     wait_for,
@@ -52,6 +53,8 @@ from dsv3.kernels.attention_tiles_hopper import (
 
 BLOCK = 64
 """Positions of a streamed block: more would not fit the registers beside the sums."""
+REGISTERS = 240, 24
+"""Of a thread that multiplies, and of one that copies."""
 ACROSS = NOPE + VALUE
 """Columns of a head in kv."""
 
@@ -168,11 +171,6 @@ def _zeros(width: int) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((HALF, width), jnp.float32), MATRIX)
 
 
-def _half(group: jax.Array):
-    """This warpgroup's rows of a tile. Opaque, or all their addresses would stay in registers through a loop."""
-    return pl.ds(lax.optimization_barrier(group) * HALF, HALF)
-
-
 def _probabilities(s: jax.Array, mask_of: Callable, normaliser: jax.Array, axis: int, scale: float) -> jax.Array:
     mask = mask_of()  # only here, or it would be in registers while the products run
     if mask is not None:
@@ -200,7 +198,7 @@ def _sum_queries(shared: Shared, tiles_of: Callable, source: Source, d_q, scale:
                 ids = (own_ids[0], plgpu.load(shared.vectors[0].at[slot], layout=PER_COLUMN)) if own_ids else None
                 return visible(start, block * BLOCK, (HALF, BLOCK), ids, diagonal=diagonal)
 
-            half, (k, k_rope, v) = _half(group), (part.at[slot] for part in shared.slots)
+            half, (k, k_rope, v) = own_half(group), (part.at[slot] for part in shared.slots)
             q, q_rope, d_o = (part.at[half] for part in shared.kept)
 
             def start_scores(s, d_p):
@@ -270,7 +268,7 @@ def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, scale
                 ids = (own_ids[0], column(2)) if own_ids else None
                 return _visible_below(start - block * BLOCK, across, ids)
 
-            half, (q, q_rope, d_o) = _half(group), (part.at[slot] for part in shared.slots)
+            half, (q, q_rope, d_o) = own_half(group), (part.at[slot] for part in shared.slots)
             k, k_rope, v = (part.at[half] for part in shared.kept)
             d_v, d_k, d_rope = carry
 
@@ -347,7 +345,7 @@ def _run(consume: Callable, source: Source, out_type: list, stages: int, *, quer
             kept, streamed = (at.queries, at.keys) if queries_kept else (at.keys, at.queries)
             sums = lambda tile, rows: () if queries_kept else at.sums(tile, rows)
             block = lambda tile, rows: (*streamed(tile, rows), *sums(tile, rows), *at.segments(tile, rows))
-            split_roles(group, lambda: _produce(shared, tiles_of, kept, block, stages),
+            split_roles(group, REGISTERS, lambda: _produce(shared, tiles_of, kept, block, stages),
                         lambda: consume(shared, tiles_of, at, outputs, group=group))
 
         pl.run_scoped(run, **_scratch(stages, vectors, 2 if queries_kept else 1)._asdict(), collective_axes="group")

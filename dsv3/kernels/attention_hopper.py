@@ -42,6 +42,7 @@ from dsv3.kernels.attention_tiles_hopper import (
     launch,
     multiprocessors,
     operand,
+    own_half,
     split_roles,
     visible,
     wait_for,
@@ -50,6 +51,8 @@ from dsv3.kernels.attention_tiles_hopper import (
     write,
 )
 
+REGISTERS = 232, 40
+"""Of a thread that multiplies, and of one that copies."""
 LOWEST = -1e30
 """Below any score: where the running maximum starts, so that no row ever subtracts infinity from itself."""
 
@@ -149,11 +152,12 @@ def _consume(shared: Shared, tiles_of: Callable, ids, outputs: tuple, scale: flo
     o, normaliser = outputs
     block, stages = settings.block, settings.stages
     to_base_2 = scale * math.log2(math.e)
-    half, shape = pl.ds(group * HALF, HALF), (HALF, block)
+    shape = HALF, block
     down = lambda vector, width: lax.broadcast_in_dim(vector, (HALF, width), (0,))
     start_of = lambda value: plgpu.layout_cast(jnp.full((HALF,), value, jnp.float32), PER_ROW)
 
     def scores(slot, s):
+        half = own_half(group)
         plgpu.wgmma(s, shared.q.at[half], shared.k.at[slot].transpose((1, 0)))
         plgpu.wgmma(s, shared.q_rope.at[half], shared.k_rope.at[slot].transpose((1, 0)))
 
@@ -266,7 +270,7 @@ def forward(
 
         def run(**scratch):
             shared, group = Shared(**scratch), lax.axis_index("group")
-            split_roles(group, lambda: _produce(shared, tiles_of, (q, q_rope, kv, k_rope, ids), settings),
+            split_roles(group, REGISTERS, lambda: _produce(shared, tiles_of, (q, q_rope, kv, k_rope, ids), settings),
                         lambda: _consume(shared, tiles_of, ids, (o, normaliser), scale, settings, group))
 
         pl.run_scoped(run, **_scratch(settings, segments)._asdict(), collective_axes="group")

@@ -24,9 +24,9 @@ CHUNK = 32
 """Columns of the output that are staged at once."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernels are right, only less evenly spread."""
-GROUP_REGISTERS, PRODUCER_REGISTERS, START_REGISTERS = 240, 24, 168
-"""Of a thread that multiplies, of one that copies, and what each of the three warpgroups starts with. What the third
-gives back must be enough for the other two, or they wait for ever."""
+START_REGISTERS = 168
+"""Of a thread of three warpgroups. What the one that copies gives back must be enough for what the others ask for, or
+they wait for ever."""
 MATRIX, PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -108,6 +108,11 @@ def drain(barriers, count: jax.Array, stages: int) -> None:
         wait_for(barriers, jnp.where(count > last, count - 1 - last + stages, 0), stages)
 
 
+def own_half(group: jax.Array):
+    """This warpgroup's rows of a tile. Opaque, or all their addresses would stay in registers through a loop."""
+    return pl.ds(lax.optimization_barrier(group) * HALF, HALF)
+
+
 def visible(row, column, shape: tuple[int, int], ids: tuple | None, *, diagonal: bool, transposed: bool = False):
     """Which of the scores from (row, column) on count: earlier positions (`diagonal`) of the same segment (`ids`).
 
@@ -169,16 +174,16 @@ def last_block(tile: jax.Array, block: int, length: int) -> jax.Array:
     return lax.div(lax.min(tile * ROWS + ROWS, jnp.int32(length)) - 1, jnp.int32(block))
 
 
-def split_roles(group: jax.Array, produce: Callable, consume: Callable) -> None:
-    """The last warpgroup copies, the others multiply, with most of the registers."""
+def split_roles(group: jax.Array, registers: tuple[int, int], produce: Callable, consume: Callable) -> None:
+    """The others multiply, the last warpgroup copies, with so many registers a thread."""
     @pl.when(group == GROUPS)
     def _():
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(registers[1], action="decrease")
         produce()
 
     @pl.when(group < GROUPS)
     def _():
-        plgpu.set_max_registers(GROUP_REGISTERS, action="increase")
+        plgpu.set_max_registers(registers[0], action="increase")
         consume()
 
 
