@@ -235,7 +235,6 @@ def _consume(shared: Shared, tiles_of: Callable, ids, outputs: tuple, scale: flo
         return count + steps
 
     with_turns(shared, group, settings.turns, lambda: tiles_of(one_tile, jnp.int32(0)))
-    plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
 
 def forward(

@@ -185,6 +185,7 @@ def split_roles(group: jax.Array, registers: tuple[int, int], produce: Callable,
     def _():
         plgpu.set_max_registers(registers[0], action="increase")
         consume()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=False)  # shared memory must outlive what is copied out of it
 
 
 def launch(kernel: Callable, out_type: list, n_blocks: int) -> Callable:
