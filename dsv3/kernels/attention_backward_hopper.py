@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3.config import require
 from dsv3.kernels.attention_tiles_hopper import (
     CHUNK,
     GROUPS,
@@ -38,10 +39,10 @@ from dsv3.kernels.attention_tiles_hopper import (
     flat,
     in_turn,
     last_block,
+    last_blocks,
     launch,
     multiprocessors,
     operand,
-    overlapping,
     own_half,
     split_roles,
     visible,
@@ -258,33 +259,32 @@ def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, scale
         own_ids = [plgpu.load(ref, layout=PER_ROW, optimized=False) for ref in source.segments(tile, rows)]
         plgpu.barrier_wait(shared.kept_full)
 
+        slot_of = lambda block: lax.rem(count + block - tile.first, jnp.int32(settings.d_kv_stages))
+
+        def start_scores(block, s):
+            half, slot = own_half(group), slot_of(block)
+            for kept, part in zip(shared.kept[:2], shared.slots[:2], strict=True):
+                plgpu.wgmma(s, kept.at[half], part.at[slot].transpose((1, 0)))
+
         def one_block(block, carry, *, diagonal):
-            slot = lax.rem(count + block - tile.first, jnp.int32(settings.d_kv_stages))
-            plgpu.barrier_wait(shared.full.at[slot])
+            """P and dS from the scores in `carry`; the next block's are made beside d_k, the last one's once more."""
+            d_v, d_k, d_rope, s = carry
+            slot, following = slot_of(block), lax.min(block + 1, tile.last)
             column = lambda i: plgpu.load(shared.vectors[i].at[slot], layout=PER_COLUMN)
+            q, q_rope, d_o = (part.at[slot] for part in shared.slots)
 
             def mask():
                 across = plgpu.load(shared.positions, layout=PER_COLUMN) if diagonal else None
                 ids = (own_ids[0], column(2)) if own_ids else None
                 return _visible_below(start - block * BLOCK, across, ids)
 
-            half, (q, q_rope, d_o) = own_half(group), (part.at[slot] for part in shared.slots)
-            k, k_rope, v = (part.at[half] for part in shared.kept)
-            d_v, d_k, d_rope = carry
-
-            def start_scores(s):
-                plgpu.wgmma(s, k, q.transpose((1, 0)))
-                plgpu.wgmma(s, k_rope, q_rope.transpose((1, 0)))
-
-            s = turn(start_scores, lambda s: s[...], BLOCK)
             p[...] = _probabilities(s, mask, column(0), 1, scale).astype(jnp.bfloat16)
             plgpu.commit_smem()
-
             less = -lax.broadcast_in_dim(column(1), (HALF, BLOCK), (1,))
 
             def start_values(d_p, ref):
                 d_p[...], ref[...] = less, d_v
-                plgpu.wgmma(d_p, v, d_o.transpose((1, 0)))
+                plgpu.wgmma(d_p, shared.kept[2].at[own_half(group)], d_o.transpose((1, 0)))
                 plgpu.wgmma(ref, p, d_o)
 
             def differences(d_p, ref):
@@ -293,17 +293,21 @@ def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, scale
 
             d_s, d_v = turn(start_values, differences, BLOCK, VALUE)
             d_s = d_s.astype(jnp.bfloat16)
+            pl.when(block < tile.last)(lambda: plgpu.barrier_wait(shared.full.at[slot_of(following)]))
 
-            def start_keys(*refs):
+            def start_keys(s, *refs):
+                start_scores(following, s)
                 for ref, total, part in zip(refs, (d_k, d_rope), (q, q_rope), strict=True):
                     ref[...] = total
                     plgpu.wgmma(ref, d_s, part)
 
-            totals = d_v, *turn(start_keys, lambda a, b: (a[...], b[...]), NOPE, ROPE)
+            s, *sums = turn(start_keys, lambda *refs: [ref[...] for ref in refs], BLOCK, NOPE, ROPE)
             plgpu.barrier_arrive(shared.empty.at[slot])
-            return totals
+            return d_v, *sums, s
 
-        d_v, d_k, d_rope = _blocks(tile, one_block, True, (_zeros(VALUE), _zeros(NOPE), _zeros(ROPE)))
+        plgpu.barrier_wait(shared.full.at[slot_of(tile.first)])
+        s = turn(partial(start_scores, tile.first), lambda s: s[...], BLOCK)
+        d_v, d_k, d_rope, _ = _blocks(tile, one_block, True, (_zeros(VALUE), _zeros(NOPE), _zeros(ROPE), s))
         plgpu.barrier_arrive(shared.kept_empty)
         place = lambda out, first: lambda column: out.at[tile.batch, rows, pl.ds(first + column, 2 * CHUNK)]
         write(d_k * scale, shared.out.at[group], place(d_kv, tile.head * ACROSS))
@@ -369,8 +373,11 @@ def backward(
     """Gradients d_q_BTHX, d_kv_BTHY and d_k_rope_BTR of `attention_hopper.forward`, whose results it reads.
 
     In the last R columns of a head of d_q stands the gradient by the rotated part `q_rope_BTHR`; the same holds for
-    d_k_rope: turning them back is the caller's. d_k_rope is summed over heads in float32.
+    d_k_rope: turning them back is the caller's. d_k_rope is summed over heads in float32. Raises `UserError` for
+    settings that would hang.
     """
+    require(min(settings.d_q_stages, settings.d_kv_stages) >= 2, f"{settings} would wait for ever: a block's successor "
+            "must have arrived before it is done; use 2 stages or more")
     batch, length, heads = q_BTHX.shape[:3]
     delta_BTH = jnp.sum(o_BTHU.astype(jnp.float32) * d_o_BTHU.astype(jnp.float32), axis=-1)
     zeros_behind = partial(whole_tiles, mode="constant")
@@ -384,16 +391,10 @@ def backward(
         lambda *a, group: _sum_queries(*a[:3], a[3][0], scale, settings, group), source, [columns(KEY)],
         settings.d_q_stages, queries_kept=True)
     if ids_BT is not None:
-        source = source._replace(bounds=last_blocks(ids_BT, length))
+        source = source._replace(bounds=last_blocks(ids_BT, BLOCK, length))
     d_kv_BTX, d_k_rope_BTX = run(
         lambda *a, group: _sum_keys(*a, scale, settings, group), source, [columns(ACROSS), columns(ROPE)],
         settings.d_kv_stages, queries_kept=False)
     by_head = lambda x_BTX: x_BTX[:, :length].reshape(batch, length, heads, -1)
     d_k_rope_BTR = jnp.sum(by_head(d_k_rope_BTX), axis=2, dtype=jnp.float32).astype(k_rope_BTR.dtype)
     return by_head(d_q_BTX), by_head(d_kv_BTX), d_k_rope_BTR
-
-
-def last_blocks(segment_ids_BT: jax.Array, length: int) -> jax.Array:
-    """[B, T / ROWS]: the last block of queries that may see any key of a tile."""
-    seen_BIJ = overlapping(segment_ids_BT, ROWS, BLOCK)[:, :, :pl.cdiv(length, BLOCK)]
-    return seen_BIJ.shape[2] - 1 - jnp.argmax(seen_BIJ[:, :, ::-1], axis=2).astype(jnp.int32)

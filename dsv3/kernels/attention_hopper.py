@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3.config import require
 from dsv3.kernels.attention_tiles_hopper import (
     CHUNK,
     GROUPS,
@@ -251,7 +252,10 @@ def forward(
     Of a head's N + R columns of `q_BTHX` the first N are read, beside its rotated part `q_rope_BTHR`; `kv_BTHY` has key
     and value, `k_rope_BTR` is rotated. All are bfloat16 of the widths that `refusal` accepts. Probabilities are
     2^(scale log2(e) q k - normaliser). A position sees earlier ones of its own segment, whatever the order of ids.
+    Raises `UserError` for settings that cannot run.
     """
+    require(settings.stages >= 2 and settings.block in (64, 128), f"{settings} cannot run: blocks of 64 or 128, and 2 "
+            "stages or more, since a block's successor must have arrived before it is done")
     batch, length, heads = q_BTHX.shape[:3]
     tiles, segments = pl.cdiv(length, ROWS), segment_ids_BT is not None
     ids_BT = whole_tiles(segment_ids_BT, "edge") if segments else None

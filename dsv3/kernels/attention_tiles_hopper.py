@@ -74,6 +74,12 @@ def first_blocks(segment_ids_BT: jax.Array, block: int) -> jax.Array:
     return jnp.argmax(overlapping(segment_ids_BT, ROWS, block), axis=2).astype(jnp.int32)
 
 
+def last_blocks(segment_ids_BT: jax.Array, block: int, length: int) -> jax.Array:
+    """[B, T / ROWS]: the last block of queries that may see any key of a tile."""
+    seen_BIJ = overlapping(segment_ids_BT, ROWS, block)[:, :, :pl.cdiv(length, block)]
+    return seen_BIJ.shape[2] - 1 - jnp.argmax(seen_BIJ[:, :, ::-1], axis=2).astype(jnp.int32)
+
+
 def each_tile(batch: int, heads: int, tiles: int, body: Callable, carry: Any) -> Any:
     """`carry = body(batch, head, tile, carry)` for this multiprocessor's share of all tiles.
 

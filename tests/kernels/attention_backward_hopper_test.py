@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from interpreted import attention_inputs, interpreted, split
 from tiny_models import distance
 
+from dsv3.config import UserError
 from dsv3.kernels import attention_hopper
 from dsv3.kernels import attention_tiles_hopper as frame
 from dsv3.kernels.attention import causal_attention
-from dsv3.kernels.attention_backward_hopper import BLOCK, Settings, backward, last_blocks
+from dsv3.kernels.attention_backward_hopper import BLOCK, Settings, backward
 
 SCALE = 192 ** -0.5
 BOUND = 0.006
@@ -112,13 +113,20 @@ def test_a_nan_stays_with_its_head_and_its_tiles():
 def test_no_block_of_queries_that_sees_a_key_is_skipped(runs, ordered):
     ids_T = np.repeat(sorted(runs) if ordered else runs, 37)
     padded = np.asarray(frame.whole_tiles(jnp.asarray(ids_T[None], jnp.int32), mode="edge"))
-    last = np.asarray(last_blocks(jnp.asarray(padded), len(ids_T)))[0]
+    last = np.asarray(frame.last_blocks(jnp.asarray(padded), BLOCK, len(ids_T)))[0]
     for tile, found in enumerate(last):
         keys = padded[0, tile * frame.ROWS:(tile + 1) * frame.ROWS]
         needed = max(np.flatnonzero(ids_T == own)[-1] for own in keys) // BLOCK
         assert needed <= found <= (len(ids_T) - 1) // BLOCK
         if ordered:
             assert found == needed
+
+
+def test_settings_that_would_hang_are_refused():
+    inputs = attention_inputs(1, 128, 1)
+    o_BTHU = cotangent(inputs)
+    with pytest.raises(UserError, match="wait for ever"):
+        backward(*inputs, SCALE, None, o_BTHU, jnp.zeros((1, 1, 128)), o_BTHU, Settings(d_kv_stages=1))
 
 
 def test_lowers_for_a_gpu_without_a_copy():

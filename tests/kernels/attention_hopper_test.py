@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from interpreted import attention_inputs, interpreted, split
 from tiny_models import distance
 
+from dsv3.config import UserError
 from dsv3.kernels import attention_backward_hopper, attention_hopper
 from dsv3.kernels import attention_tiles_hopper as frame
 from dsv3.kernels.attention import causal_attention
@@ -121,6 +122,12 @@ def test_no_visible_block_is_skipped(runs, ordered, block):
         assert found <= needed
         if ordered:
             assert found == needed
+
+
+@pytest.mark.parametrize("how", [Settings(128, 1), Settings(96, 2)], ids=str)
+def test_settings_that_cannot_run_are_refused(how):
+    with pytest.raises(UserError, match="cannot run"):
+        jax.eval_shape(lambda *inputs: forward(*inputs, SCALE, None, how), *attention_inputs(1, 128, 1))
 
 
 @pytest.mark.parametrize("registers", [attention_hopper.REGISTERS, attention_backward_hopper.REGISTERS])
