@@ -46,6 +46,7 @@ from dsv3.kernels.attention_tiles_hopper import (
     own_half,
     split_roles,
     visible,
+    visible_below,
     wait_for,
     whole_tiles,
     with_turns,
@@ -121,7 +122,7 @@ class Source(NamedTuple):
 
 
 def _parts(*shape: int) -> list:
-    """Room for the head's own part, the rotary part and the value, or the gradient of the output."""
+    """Room for own part, rotary part, and value or d_o."""
     return [operand(*shape, width) for width in (NOPE, ROPE, VALUE)]
 
 
@@ -232,18 +233,6 @@ def _sum_queries(shared: Shared, tiles_of: Callable, source: Source, d_q, scale:
     with_turns(shared, group, settings.d_q_turns, lambda: tiles_of(one_tile, jnp.int32(0)))
 
 
-def _visible_below(row: jax.Array, positions: jax.Array | None, ids: tuple | None) -> jax.Array | None:
-    """`visible` of transposed scores, whose columns are queries at `positions`."""
-    shape, mask = (HALF, BLOCK), None
-    across = lambda vector: lax.broadcast_in_dim(vector, shape, (1,))
-    if positions is not None:
-        mask = row + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX) <= across(positions)
-    if ids is not None:
-        same = lax.broadcast_in_dim(ids[0], shape, (0,)) == across(ids[1])
-        mask = same if mask is None else mask & same
-    return mask
-
-
 def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, scale: float, settings: Settings, group):
     """d_v = P^T d_o and d_k = scale dS^T q, of half a tile's keys: P and dS are transposed throughout."""
     d_kv, d_k_rope = outputs
@@ -276,7 +265,7 @@ def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, scale
             def mask():
                 across = plgpu.load(shared.positions, layout=PER_COLUMN) if diagonal else None
                 ids = (own_ids[0], column(2)) if own_ids else None
-                return _visible_below(start - block * BLOCK, across, ids)
+                return visible_below(start - block * BLOCK, across, (HALF, BLOCK), ids)
 
             p[...] = _probabilities(s, mask, column(0), 1, scale).astype(jnp.bfloat16)
             plgpu.commit_smem()

@@ -228,7 +228,7 @@ def _consume(shared: Shared, tiles_of: Callable, ids, outputs: tuple, scale: flo
 
         total = pl.run_scoped(finish, plgpu.ACC((HALF, VALUE)))
         plgpu.barrier_arrive(shared.v_empty.at[last])
-        write(total / down(sums, VALUE), shared.out.at[group],
+        write(total * down(1 / sums, VALUE), shared.out.at[group],
               lambda column: o.at[tile.batch, rows, pl.ds(tile.head * VALUE + column, CHUNK)])
         shared.normaliser.at[group][...] = maximum + jnp.log2(sums)
         plgpu.commit_smem()

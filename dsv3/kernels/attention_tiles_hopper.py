@@ -119,20 +119,32 @@ def own_half(group: jax.Array):
     return pl.ds(lax.optimization_barrier(group) * HALF, HALF)
 
 
-def visible(row, column, shape: tuple[int, int], ids: tuple | None, *, diagonal: bool, transposed: bool = False):
-    """Which of the scores from (row, column) on count: earlier positions (`diagonal`) of the same segment (`ids`).
+def visible(row, column, shape: tuple[int, int], ids: tuple | None, *, diagonal: bool) -> jax.Array | None:
+    """Which scores of queries from `row` on and keys from `column` on count, or None where all do.
 
-    Rows are queries and columns are keys, or the other way round (`transposed`). None: all of them.
+    Those of earlier positions (asked for with `diagonal`) of the same segment (`ids` of rows and of columns).
     """
     mask = None
     if diagonal:
         position = lambda start, axis: start + plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
-        i, j = position(row, 0), position(column, 1)
-        mask = i <= j if transposed else i >= j
-    if ids is not None:
-        same = lax.broadcast_in_dim(ids[0], shape, (0,)) == lax.broadcast_in_dim(ids[1], shape, (1,))
-        mask = same if mask is None else mask & same
-    return mask
+        mask = position(row, 0) >= position(column, 1)
+    return _and_same_segment(mask, shape, ids)
+
+
+def visible_below(row, positions: jax.Array | None, shape: tuple[int, int], ids: tuple | None) -> jax.Array | None:
+    """The same of transposed scores: keys from `row` on, and queries at `positions` where the diagonal is near."""
+    mask = None
+    if positions is not None:
+        keys = row + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+        mask = keys <= lax.broadcast_in_dim(positions, shape, (1,))
+    return _and_same_segment(mask, shape, ids)
+
+
+def _and_same_segment(mask: jax.Array | None, shape: tuple[int, int], ids: tuple | None) -> jax.Array | None:
+    if ids is None:
+        return mask
+    same = lax.broadcast_in_dim(ids[0], shape, (0,)) == lax.broadcast_in_dim(ids[1], shape, (1,))
+    return same if mask is None else mask & same
 
 
 def in_turn(shared, group: jax.Array, turns: bool, issue: Callable, after: Callable, *accumulators: int) -> Any:

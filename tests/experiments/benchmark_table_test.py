@@ -202,6 +202,21 @@ def test_the_attention_reference_agrees_with_all_heads_at_once(segments):
     assert few_heads_at_once(*inputs[:5], segment_ids_BT=None).dtype == jnp.float32
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("segments", [False, True])
+def test_our_attention_is_right_interpreted(segments):
+    """The contestant of `benchmark attention`, both directions, from whole heads."""
+    from interpreted import interpreted
+
+    from experiments.benchmark_attention import own_contestant
+
+    own = own_contestant(True, segments)
+    inputs = own.prepare(*inputs_of(0, 1, 136, 2, segments))
+    with interpreted():
+        found = jax.block_until_ready(own.run(*inputs))
+    assert distance(found, own.expected(*inputs)) < own.bound
+
+
 @pytest.mark.parametrize("load", ["even", "skewed", "empty"])
 def test_group_sizes(load):
     sizes = group_sizes(load, 8, 4096)
