@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from dsv3.kernels import attention_rotary_hopper
 from dsv3.kernels.attention import Attention, Heads, attend, rotary_attention
 from dsv3.kernels.attention_cudnn import CUDNN
 from experiments import benchmark_table, peers_torch
@@ -21,8 +22,9 @@ SHAPES = {"V3, 1 x 4096, 128 heads": (1, 4096, 128), "V3, 4 x 4096, 128 heads": 
 NOPE, ROPE, VALUE = 128, 64, 128
 SCALE = (NOPE + ROPE) ** -0.5
 HEADS_AT_ONCE = 4
-FORMS: dict[str, Attention] = {"cuDNN from JAX": CUDNN}
-"""The fastest first."""
+FORMS: dict[str, Callable[[], Attention]] = {
+    "Hopper": lambda: attention_rotary_hopper.attention(jax.devices()[0].device_kind), "cuDNN from JAX": lambda: CUDNN}
+"""For the device that is there when they run; the fastest first."""
 
 
 def inputs_of(seed: int, rows: int, tokens: int, heads: int, segments: bool) -> tuple[jax.Array, ...]:
@@ -55,14 +57,14 @@ def value_and_gradients(function: Callable, inputs: Sequence[jax.Array], d_out: 
     return out, *vjp(d_out.astype(out.dtype))
 
 
-def contestant(form: Attention, backward: bool, segments: bool) -> Contestant:
+def contestant(form: Callable[[], Attention], backward: bool, segments: bool) -> Contestant:
     """Its output, or that and all gradients."""
     def of(function, *arrays):
         *heads, rotation_2BTP, d_out, ids_BT = arrays
         masked = lambda *heads: function(Heads(*heads), rotation_2BTP, ids_BT if segments else None)
         return value_and_gradients(masked, heads, d_out) if backward else masked(*heads)
 
-    fast = lambda heads, rotation_2BTP, ids_BT: attend(form, heads, rotation_2BTP, SCALE, ids_BT)
+    fast = lambda heads, rotation_2BTP, ids_BT: attend(form(), heads, rotation_2BTP, SCALE, ids_BT)
     return Contestant(lambda *a: of(fast, *a), lambda *a: of(few_heads_at_once, *a))
 
 
@@ -95,7 +97,7 @@ def cases_of(name: str, rows: int, tokens: int, heads: int, segments: bool = Fal
     moved = 2 * rows * tokens * heads * 2 * (NOPE + ROPE + VALUE)
     found = []
     for backward in (False, True):
-        contestants = {name: contestant(form, backward, segments) for name, form in FORMS.items()}
+        contestants = {form: contestant(make, backward, segments) for form, make in FORMS.items()}
         if not segments:
             contestants["cuDNN from torch"] = torch_contestant(backward)
         found.append(Case("forward and backward" if backward else "forward", name,

@@ -11,13 +11,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from dsv3.kernels import fp8_hopper, scaled_dot_hopper
+from dsv3.kernels import attention_backward_hopper, attention_hopper, fp8_hopper, scaled_dot_hopper
+from dsv3.kernels.attention import Heads
 from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.grouped_dot import block_experts, padded_rows
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles, whole
 from dsv3.kernels.scaled_dot_hopper import DEPTH, HALF, ROWS, Tuning
 from dsv3.kernels.scaled_products_hopper import DECODING, NARROW, cost, default_tuning
 from dsv3.kernels.stream_hopper import Streaming
+from experiments import benchmark_attention
+from experiments.benchmark_attention import SCALE
 from experiments.benchmark_gemm import SHAPES
 from experiments.benchmark_grouped import group_sizes
 from experiments.benchmark_rows import FORMS, GATE_UP, ROUTED, TOKENS
@@ -207,5 +210,51 @@ def stream(name: str) -> Tunable:
                    partial(form.call, getattr(REFERENCE, form.function)))
 
 
-TUNABLES: tuple[Tunable, ...] = (*PRODUCTS, *map(stream, STREAMS))
+ATTENTION_TOKENS, ATTENTION_HEADS = 16_384, 128
+"""What attention is tuned at; an entry is for a length of rows."""
+LENGTHS = ((4096,), (2048,), (8192,))
+FORWARD_ATTENTION = [attention_hopper.Settings(*how) for how in (
+    (128, 2, True), (128, 2, False), (64, 4, True), (64, 3, True), (64, 4, False))]
+BACKWARD_ATTENTION = [attention_backward_hopper.Settings(*how) for how in (
+    (3, True, 3, True), (3, False, 3, True), (3, True, 3, False), (3, False, 3, False), (2, True, 2, True))]
+
+
+def attention_inputs(shape: tuple[int, ...], seed: int) -> tuple[jax.Array, ...]:
+    """Rows of one document: whole queries, their rotary part, keys with values, the rotary key, and d_o."""
+    length, = shape
+    q, kv, k_rope, _, d_o, _ = benchmark_attention.inputs_of(
+        seed, ATTENTION_TOKENS // length, length, ATTENTION_HEADS, segments=False)
+    return q, q[..., benchmark_attention.NOPE:], kv, k_rope, d_o
+
+
+def gradient_attention_inputs(shape: tuple[int, ...], seed: int) -> tuple[jax.Array, ...]:
+    """The same, and what the forward kernel leaves."""
+    *inputs, d_o = attention_inputs(shape, seed)
+    return *inputs, d_o, *attention_hopper.forward(*inputs, SCALE, None, attention_hopper.Settings())
+
+
+def attention_expected(q, q_rope, kv, k_rope, d_o, *rest) -> tuple[jax.Array, ...]:
+    """o, d_q with the gradient by its rotated part in place, d_kv, d_k_rope; float32."""
+    still_2BTP = jnp.zeros((2, *q.shape[:2], q_rope.shape[3] // 2)).at[0].set(1)
+    reference = lambda *heads: benchmark_attention.few_heads_at_once(Heads(*heads), still_2BTP, None)
+    return benchmark_attention.value_and_gradients(
+        reference, [x.astype(jnp.float32) for x in (q, kv, k_rope)], d_o)
+
+
+def attention_backward(q, q_rope, kv, k_rope, d_o, o, normaliser, how):
+    return attention_backward_hopper.backward(q, q_rope, kv, k_rope, SCALE, None, o, normaliser, d_o, how)
+
+
+ATTENTION = (
+    Tunable(
+        "attention_forward", LENGTHS, lambda shape: FORWARD_ATTENTION,
+        lambda shape, how: lambda *arrays: attention_hopper.forward(*arrays[:4], SCALE, None, how)[0],
+        attention_inputs, lambda *arrays: attention_expected(*arrays)[0]),
+    Tunable(
+        "attention_backward", LENGTHS, lambda shape: BACKWARD_ATTENTION,
+        lambda shape, how: lambda *arrays: attention_backward(*arrays, how),
+        gradient_attention_inputs, lambda *arrays: attention_expected(*arrays)[1:]),
+)
+
+TUNABLES: tuple[Tunable, ...] = (*PRODUCTS, *map(stream, STREAMS), *ATTENTION)
 """Every kernel that `tune` knows."""

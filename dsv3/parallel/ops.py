@@ -7,7 +7,7 @@ import jax
 from absl import logging
 
 from dsv3.config import QuantConfig, UserError, require
-from dsv3.kernels import attention_cudnn, grouped_dot_hopper, norm_hopper
+from dsv3.kernels import attention_cudnn, attention_rotary_hopper, grouped_dot_hopper, norm_hopper
 from dsv3.kernels.attention import ATTENTION, Attention, Heads, attend
 from dsv3.kernels.fp8_hopper import hopper_kernels
 from dsv3.kernels.fp8_kernels import REFERENCE, Kernels
@@ -33,9 +33,13 @@ def _raise(reason: str) -> None:
     raise UserError(f"no Hopper kernel for {reason}; change the sizes, or use kernels=auto for the slow reference")
 
 
-def chosen_attention(refuse: Callable[[str], None]) -> Attention:
-    """cuDNN's, or the reference for heads that it refuses."""
+def chosen_attention(kind: str, refuse: Callable[[str], None]) -> Attention:
+    """Our kernels for a device of this kind, cuDNN's for heads of another size, or the reference where both refuse."""
+    ours = attention_rotary_hopper.attention(kind)
+
     def choose(heads: Heads) -> Attention:
+        if not attention_rotary_hopper.refusal(heads):
+            return ours
         reason = attention_cudnn.refusal(heads.q_BTHX.shape[-1], heads.n_value, heads.kv_BTHY.dtype)
         if reason:
             refuse(reason)
@@ -46,8 +50,9 @@ def chosen_attention(refuse: Callable[[str], None]) -> Attention:
         lambda heads, *rest: choose(heads).backward(heads, *rest))
 
 
-def with_fallbacks(refuse: Callable[[str], None]) -> Ops:
-    """The Hopper bundle whose operations call `refuse(reason)` on shapes they cannot run, then take the reference."""
+def with_fallbacks(attention: Attention, refuse: Callable[[str], None]) -> Ops:
+    """The Hopper bundle with this attention, whose operations call `refuse(reason)` on shapes they cannot run, and then
+    take the reference."""
     def product(rows_JD, sizes_E, w_EDF, block):
         reason = grouped_dot_hopper.refusal(*w_EDF.shape[1:], rows_JD.dtype, block)
         if reason:
@@ -63,8 +68,7 @@ def with_fallbacks(refuse: Callable[[str], None]) -> Ops:
             refuse(reason)
         return (rms_norm if reason else fast_norm)(x, gain, eps)
 
-    attention = partial(attend, chosen_attention(refuse))
-    return hopper_ops(attention=attention, grouped_dot=product, norm=norm)
+    return hopper_ops(attention=partial(attend, attention), grouped_dot=product, norm=norm)
 
 
 def with_recipe(recipe: QuantConfig | None, base: Ops, kernels: Callable[[], Kernels]) -> Ops:
@@ -73,8 +77,9 @@ def with_recipe(recipe: QuantConfig | None, base: Ops, kernels: Callable[[], Ker
 
 
 def _on_hopper(recipe: QuantConfig | None, refuse: Callable[[str], None]) -> Ops:
-    kernels = partial(hopper_kernels, jax.devices()[0].device_kind, chosen_attention(refuse), refuse)
-    return with_recipe(recipe, with_fallbacks(refuse), kernels)
+    kind = jax.devices()[0].device_kind
+    attention = chosen_attention(kind, refuse)
+    return with_recipe(recipe, with_fallbacks(attention, refuse), partial(hopper_kernels, kind, attention, refuse))
 
 
 def text_ops(recipe: QuantConfig | None) -> Ops:

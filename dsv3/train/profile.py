@@ -9,7 +9,7 @@ from jax.profiler import ProfileData
 IDLE = "idle"
 PRODUCT = r"dot_general|mpmd_map"
 RULES = (
-    ("attention", r"/attention/.*(dot_product_attention|dot_general)", r"sdpa|fmha|cudnn::fusion"),
+    ("attention", r"/attention/.*(dot_product_attention|dot_general|mpmd_map)", r"sdpa|fmha|cudnn::fusion"),
     ("quantisation", r"quanti[sz]e", r"quanti[sz]e"),
     ("grouped products", r"/experts/.*(mpmd_map|dot_general)", r"mosaic_gpu"),
     ("head and loss", r"_head_loss", None),

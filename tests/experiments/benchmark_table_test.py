@@ -11,8 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config import UserError
 from experiments import benchmark_grouped, benchmark_table
+from experiments.benchmark_attention import FORMS as ATTENTION
 from experiments.benchmark_attention import cases_of as attention_cases
-from experiments.benchmark_attention import few_heads_at_once, inputs_of
+from experiments.benchmark_attention import contestant, few_heads_at_once, inputs_of
 from experiments.benchmark_clock import CACHE_BYTES, compiled, copies_needed, device_seconds, n_bytes, seconds
 from experiments.benchmark_gemm import case as gemm_case
 from experiments.benchmark_gemm import decode, to_blocks, to_tiles, whole_fours
@@ -189,18 +190,30 @@ def test_a_reference_keeps_the_roundings_that_are_written():
 @pytest.mark.parametrize("segments", [False, True])
 def test_the_attention_reference_agrees_with_all_heads_at_once(segments):
     """`few_heads_at_once`, where heads are several groups, through the same contestant that cuDNN takes."""
-    from dsv3.kernels.attention import ATTENTION, Heads
-    from experiments.benchmark_attention import contestant
+    from dsv3.kernels import attention
 
     inputs = inputs_of(0, 1, 32, 8, segments)
     assert len(jnp.unique(inputs[-1])) > 1 or not segments
-    both = contestant(ATTENTION, True, segments)
+    both = contestant(lambda: attention.ATTENTION, True, segments)
     assert distance(both.run(*inputs), both.expected(*inputs)) < 0.01
     assert len(attention_cases("toy", 1, 32, 8)) == 2
     for index in range(4):  # heads and rotation: each reaches the result
         shifted = (*inputs[:index], inputs[index] + 1, *inputs[index + 1:])
         assert distance(both.run(*shifted), both.expected(*inputs)) > 0.1
-    assert few_heads_at_once(Heads(*inputs[:3]), inputs[3], None).dtype == jnp.float32
+    assert few_heads_at_once(attention.Heads(*inputs[:3]), inputs[3], None).dtype == jnp.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segments", [False, True])
+def test_our_attention_is_right_interpreted(segments):
+    """The contestant of `benchmark attention`, both directions, from whole heads and the rotation."""
+    from interpreted import interpreted
+
+    own = contestant(ATTENTION["Hopper"], True, segments)
+    inputs = inputs_of(0, 1, 136, 2, segments)
+    with interpreted():
+        found = jax.block_until_ready(own.run(*inputs))
+    assert distance(found, own.expected(*inputs)) < own.bound
 
 
 @pytest.mark.parametrize("load", ["even", "skewed", "empty"])

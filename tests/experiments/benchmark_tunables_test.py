@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3.kernels import fp8_hopper, scaled_products_hopper
+from dsv3.kernels import attention_backward_hopper, attention_hopper, fp8_hopper, scaled_products_hopper
+from dsv3.kernels.attention import causal_attention
 from dsv3.kernels.scaled_dot_hopper import Tuning
-from experiments import benchmark_tunables
+from experiments import benchmark_attention, benchmark_tunables
 from experiments.benchmark_table import distance
 from experiments.benchmark_tunables import PRODUCTS, SHARED_BYTES, TUNABLES, cost, product_candidates, shared_bytes
 
@@ -70,7 +71,33 @@ def test_a_stream_asks_for_the_entry_that_was_swept(asked):
 
 
 def test_every_kernel_of_training_is_swept():
-    assert set(BY_NAME) == {*fp8_hopper.FAST, *PRODUCT_CALLS} and len(BY_NAME) == len(TUNABLES)
+    attention = {"attention_forward", "attention_backward"}
+    assert set(BY_NAME) == {*fp8_hopper.FAST, *PRODUCT_CALLS, *attention} and len(BY_NAME) == len(TUNABLES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module, kernel", [
+    (attention_hopper, "attention_forward"), (attention_backward_hopper, "attention_backward")])
+def test_candidates_of_attention_start_with_the_default_and_lower(module, kernel):
+    """Shared memory is counted when a kernel is lowered."""
+    tunable = BY_NAME[kernel]
+    candidates = tunable.candidates((2048,))
+    assert candidates[0] == module.Settings() and len(set(candidates)) == len(candidates) >= 3
+    arrays = jax.eval_shape(lambda: tunable.inputs((2048,), 0))
+    for how in candidates:
+        jax.jit(tunable.make((2048,), how)).trace(*arrays).lower(lowering_platforms=("cuda",))
+
+
+def test_the_reference_of_attention_agrees_with_the_parts():
+    """o, d_q, d_kv and d_k_rope of whole heads against the reference's own gradients."""
+    q, kv, k_rope, _, d_o, _ = benchmark_attention.inputs_of(0, 1, 32, 8, segments=False)
+    o, d_q, d_kv, d_k_rope = benchmark_tunables.attention_expected(q, q[..., 128:], kv, k_rope, d_o)
+    attend = lambda *parts: causal_attention(*parts, scale=benchmark_attention.SCALE, segment_ids_BT=None)
+    parts = (q[..., :128], q[..., 128:], kv[..., :128], k_rope, kv[..., 128:])
+    want, vjp = jax.vjp(attend, *(part.astype(jnp.float32) for part in parts))
+    found = (o, d_q[..., :128], d_q[..., 128:], d_kv[..., :128], d_k_rope, d_kv[..., 128:])
+    for got, wanted in zip(found, (want, *vjp(d_o.astype(jnp.float32))), strict=True):
+        assert distance(got, wanted) < 1e-5
 
 
 def test_fast_forms_take_the_settings_of_the_table(monkeypatch):

@@ -91,6 +91,10 @@ def test_accepted_shapes_reach_the_kernels(monkeypatch):
     monkeypatch.undo()
     attend = jax.jit(lambda *a: bundle.attention_linear(
         "attn.o", *a, jnp.zeros((256, 64)), scale=1.0, segment_ids_BT=None)).trace(*whole_heads(128))
+    assert attend.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 1
+    others = [jnp.zeros((1, 8, 2, width), jnp.bfloat16) for width in (128, 192)]  # keys of 128 with 64 rotary columns
+    attend = jax.jit(lambda *a: bundle.attention_linear(
+        "attn.o", *others, *a, jnp.zeros((256, 64)), scale=1.0, segment_ids_BT=None)).trace(*whole_heads(128)[2:])
     assert "__cudnn$fmha" in attend.lower(lowering_platforms=("cuda",)).as_text()
     experts = jax.jit(bundle.moe).trace(*ops_tokens(256), ops_weights(256))
     assert experts.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 2
