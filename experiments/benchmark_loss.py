@@ -9,14 +9,12 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from dsv3.kernels.cross_entropy import TokenLoss, cross_entropy, cross_entropy_reference, row_sums, row_sums_one_read
+from dsv3.kernels.cross_entropy import TokenLoss, cross_entropy, cross_entropy_reference
 from experiments import benchmark_table, peers_torch
 from experiments.benchmark_table import BF16_FLOPS, Case, Contestant, normal
 
 WIDTH, VOCABULARY = 7168, 129_280
 TOKENS, CHUNKS = (4096, 8192, 16_384), (4096, 8192, 2048)
-FORMS: dict[str, Callable] = {"": row_sums, ", one read": row_sums_one_read}
-"""How a row's sums are found, after the size of the chunks."""
 REFERENCE_CHUNK = 1024
 
 
@@ -50,9 +48,9 @@ def case(n_tokens: int, width: int, vocabulary: int, chunks: Sequence[int]) -> C
             jax.random.key(seed), (n_tokens,), 0, vocabulary)
 
     expected = lambda *arrays: gradients(reference, *arrays)
-    ours = {f"chunks of {chunk}{form}": Contestant(
-        lambda *arrays, chunk=chunk, sums=sums: gradients(lambda *a: cross_entropy(*a, chunk, sums), *arrays), expected)
-        for chunk in chunks if chunk <= n_tokens for form, sums in FORMS.items()}
+    ours = {f"chunks of {chunk}": Contestant(
+        lambda *arrays, chunk=chunk: gradients(lambda *a: cross_entropy(*a, chunk), *arrays), expected)
+        for chunk in chunks if chunk <= n_tokens}
     peer = Contestant(peers_torch.loss_gradients, expected, lambda x, w, targets: (x, w.astype(x.dtype), targets),
                       library="torch")
     moved = 2 * width * vocabulary + 4 * width * vocabulary + 4 * n_tokens * width

@@ -1,6 +1,5 @@
 """Cross-entropy of the output head, a chunk of tokens at a time: no [tokens, vocabulary] array in memory."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -35,27 +34,10 @@ def _chosen(logits_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits_TV, targets_T[:, None], axis=1)[:, 0]
 
 
-def row_sums(logits_TV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _row_sums(logits_TV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The largest logit of every row, the sum of exp(logit - largest), and where the largest is: two reads of all."""
     largest_T1 = jnp.max(logits_TV, axis=1, keepdims=True)
     return largest_T1[:, 0], jnp.sum(jnp.exp(logits_TV - largest_T1), axis=1), _argmax(logits_TV)
-
-
-def row_sums_one_read(logits_TV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`row_sums` from one read: where two partial sums meet, the one below the smaller maximum shrinks to the larger.
-
-    For a GPU, where reads are what it costs; a CPU does not vectorise such a reduction and takes many times as long.
-    """
-    def meet(left, right):
-        (m, s, i), (n, t, j) = left, right
-        shrink = jnp.exp(-jnp.abs(m - n))
-        first = (m > n) | ((m == n) & (i < j))
-        return jnp.maximum(m, n), jnp.where(m >= n, s + t * shrink, s * shrink + t), jnp.where(first, i, j)
-
-    index_TV = jax.lax.broadcasted_iota(jnp.int32, logits_TV.shape, 1)
-    # Not -inf: two of them would meet as a NaN.
-    start = (jnp.finfo(jnp.float32).min, jnp.float32(0), jnp.int32(logits_TV.shape[1]))
-    return jax.lax.reduce((logits_TV, jnp.ones_like(logits_TV), index_TV), start, meet, (1,))
 
 
 def cross_entropy_reference(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: jax.Array) -> TokenLoss:
@@ -78,17 +60,15 @@ def _unchunk(array: jax.Array, length: int) -> jax.Array:
     return array.reshape(-1, *array.shape[2:])[:length]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
     x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: jax.Array, chunk: int,
-    row_sums: Callable = row_sums,
 ) -> TokenLoss:
     """`cross_entropy_reference` with at most `chunk` rows of logits alive.
 
     Under differentiation the gradient is formed in the forward pass, while a chunk's logits exist: three products
     with the vocabulary instead of the four that recomputing them takes. This needs `weights_T` up front, which is
-    why it is an argument; `weights_T` itself gets no gradient. `row_sums_one_read` spares a GPU a read of
-    all logits.
+    why it is an argument; `weights_T` itself gets no gradient.
     """
     def body(total, inputs):
         x, targets, weights = inputs
@@ -99,14 +79,14 @@ def cross_entropy(
     return TokenLoss(total, _unchunk(nll, len(targets_T)), _unchunk(argmax, len(targets_T)))
 
 
-def _cross_entropy_forward(x_TD, w_DV, targets_T, weights_T, chunk, row_sums):
+def _cross_entropy_forward(x_TD, w_DV, targets_T, weights_T, chunk):
     w = w_DV.astype(x_TD.dtype)
 
     def body(carry, inputs):
         total, d_w_DV = carry
         x, targets, weights = inputs
         logits = _logits(x, w)
-        largest, total_exp, argmax = row_sums(logits)
+        largest, total_exp, argmax = _row_sums(logits)
         nll = jnp.log(total_exp) - (_chosen(logits, targets) - largest)
         softmax = jnp.exp(logits - largest[:, None]) * (weights / total_exp)[:, None]
         chosen = weights[:, None] * jax.nn.one_hot(targets, logits.shape[1], dtype=jnp.float32)
@@ -120,7 +100,7 @@ def _cross_entropy_forward(x_TD, w_DV, targets_T, weights_T, chunk, row_sums):
     return loss, (_unchunk(d_x, len(targets_T)), d_w_DV.astype(w_DV.dtype), targets_T, weights_T)
 
 
-def _cross_entropy_backward(chunk, row_sums, residuals, cotangent):
+def _cross_entropy_backward(chunk, residuals, cotangent):
     d_x_TD, d_w_DV, targets_T, weights_T = residuals
     scale = cotangent.total
     return (d_x_TD * scale).astype(d_x_TD.dtype), (d_w_DV * scale).astype(d_w_DV.dtype), None, None

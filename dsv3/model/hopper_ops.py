@@ -2,17 +2,26 @@
 
 from functools import partial
 
+import jax
+
 from dsv3.kernels.attention import attend
 from dsv3.kernels.attention_cudnn import CUDNN
-from dsv3.kernels.cross_entropy import cross_entropy
+from dsv3.kernels.cross_entropy import TokenLoss, cross_entropy
 from dsv3.kernels.grouped_dot_hopper import BLOCK, grouped_dot_hopper
 from dsv3.kernels.norm_hopper import rms_norm_hopper
 from dsv3.model.ops import Ops, attention_linear, linear, mlp, moe, norm_linear
 
+LOGITS, LOSS_CHUNK = 2 ** 29, 16_384
+"""At once: logits of a chunk, 2 GiB in float32, and tokens of it. V3's vocabulary gets 4,096 tokens at a time."""
 
-def hopper_ops(
-    *, attention=partial(attend, CUDNN), grouped_dot=grouped_dot_hopper, norm=rms_norm_hopper, loss_chunk: int = 16384,
-) -> Ops:
+
+def loss(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: jax.Array) -> TokenLoss:
+    """`cross_entropy` in chunks that fill the tensor cores and not the memory."""
+    chunk = min(LOSS_CHUNK, LOGITS // w_DV.shape[1] // BLOCK * BLOCK)
+    return cross_entropy(x_TD, w_DV, targets_T, weights_T, max(BLOCK, chunk))
+
+
+def hopper_ops(*, attention=partial(attend, CUDNN), grouped_dot=grouped_dot_hopper, norm=rms_norm_hopper) -> Ops:
     """Expert rows in blocks of 128; the kernels may be replaced by forms that accept more shapes.
 
     Rows are gathered again in the backward pass: that moves less than keeping them.
@@ -24,5 +33,5 @@ def hopper_ops(
         attention_linear=partial(attention_linear, attention=attention),
         mlp=mlp,
         moe=partial(moe, row_block=BLOCK, grouped_dot=grouped_dot, keep_rows=False),
-        loss=partial(cross_entropy, chunk=loss_chunk),
+        loss=loss,
     )
