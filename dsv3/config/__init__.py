@@ -7,14 +7,15 @@ from dsv3.config.data import DEEPSEEK_V3_TOKENS, DataConfig, SourceConfig
 from dsv3.config.errors import UserError, require
 from dsv3.config.mesh import MeshConfig
 from dsv3.config.model import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, YarnConfig
-from dsv3.config.quant import Operand, QuantConfig, Rule, Site, resolve
+from dsv3.config.quant import Layers, Operand, QuantConfig, Rule, Site, resolve
 from dsv3.config.schema import Node, differences, from_dict, override, to_dict
 from dsv3.config.train import EMAConfig, GuardConfig, OptimizerConfig, Phase, TrainConfig, constant
 
 __all__ = [
-    "AttentionConfig", "Config", "DataConfig", "EMAConfig", "GuardConfig", "MeshConfig", "ModelConfig", "MoEConfig",
-    "MTPConfig", "Operand", "OptimizerConfig", "Phase", "QuantConfig", "Rule", "Site", "SourceConfig", "TrainConfig",
-    "UserError", "YarnConfig", "constant", "differences", "from_dict", "override", "require", "resolve", "to_dict",
+    "AttentionConfig", "Config", "DataConfig", "EMAConfig", "GuardConfig", "Layers", "MTPConfig", "MeshConfig",
+    "MoEConfig", "ModelConfig", "Operand", "OptimizerConfig", "Phase", "QuantConfig", "Rule", "Site", "SourceConfig",
+    "TrainConfig", "UserError", "YarnConfig", "constant", "differences", "from_dict", "override", "require", "resolve",
+    "to_dict",
 ]
 
 
@@ -41,7 +42,12 @@ class Config(Node):
         return resolve(self.quant)
 
     def validate(self) -> None:
-        resolve(self.quant)
+        recipe, n_layers = resolve(self.quant), self.model.n_layers + self.model.mtp.depth
+        for layers in recipe.layers if recipe else ():
+            require(layers.last < n_layers, f"quant.layers reaches layer {layers.last}; the model and its MTP modules "
+                    f"have {n_layers}")
+            require(self.train.numerics_every is None, "train.numerics_every watches a recipe that is the same in all "
+                    "layers, and quant.layers is not empty; set one of them to none")
         require(self.model.mtp.depth < self.train.seq_len,
                 f"model.mtp.depth {self.model.mtp.depth} leaves no position of train.seq_len {self.train.seq_len}")
         require(self.data.tokenizer != "bpe" or self.data.bpe_vocab_size <= self.model.vocab_size,

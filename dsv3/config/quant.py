@@ -89,8 +89,21 @@ class Site(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layers(Node):
+    """Other `sites` for the layers from `first` to `last`, both included; an MTP module follows the model's layers."""
+
+    first: int
+    last: int
+    sites: tuple[Site, ...]
+
+    def validate(self) -> None:
+        require(0 <= self.first <= self.last, f"quant.layers has first {self.first} and last {self.last}; expected "
+                "0 <= first <= last")
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantConfig(Node):
-    """`default` for every Linear, but for the first of `sites` that matches its name.
+    """`default` for every Linear, but for the first of `sites` that matches its name, after those of its `layers`.
 
     `swiglu_kept`: what the inputs of SwiGLU wait in for the backward pass, which computes its output again; None keeps
     them in the model dtype. Embedding, head, gate, norms and the attention core are in no recipe (section 3.3.1).
@@ -98,12 +111,22 @@ class QuantConfig(Node):
 
     default: Rule
     sites: tuple[Site, ...]
+    layers: tuple[Layers, ...]
     swiglu_kept: Operand | None
 
     def rule_of(self, site: str) -> Rule | None:
+        """In a layer that `layers` does not speak of."""
         return next((entry.rule for entry in self.sites if fnmatchcase(site, entry.pattern)), self.default)
 
+    def of_layer(self, index: int) -> "QuantConfig":
+        """The recipe of one layer, the same in all."""
+        own = tuple(site for layers in self.layers if layers.first <= index <= layers.last for site in layers.sites)
+        return replace(self, sites=own + self.sites, layers=())
+
     def validate(self) -> None:
+        for layers in self.layers:  # what they leave must be right too
+            self.of_layer(layers.first)
+            self.of_layer(layers.last)
         pair = [self.rule_of(f"experts.{name}") for name in ("gate_up", "down")]
         require((pair[0] is None) == (pair[1] is None), "quant gives a rule to only one of experts.gate_up and "
                 "experts.down; rows travel between them in one format, so give both a rule or neither")
@@ -125,13 +148,15 @@ def _report() -> QuantConfig:
             # What is quantised before it travels to the experts (dispatch, forward and backward).
             Site(pattern="experts.gate_up", rule=replace(rule, fprop_x=power, kept=power)),
             Site(pattern="experts.down", rule=replace(rule, dgrad_dy=power))),
+        layers=(),
         swiglu_kept=inner)
 
 
 def change_rules(recipe: QuantConfig, change: Callable[[Rule], Rule]) -> QuantConfig:
     """`recipe` with every rule replaced by `change(rule)`."""
-    sites = tuple(replace(site, rule=site.rule and change(site.rule)) for site in recipe.sites)
-    return replace(recipe, default=change(recipe.default), sites=sites)
+    changed = lambda sites: tuple(replace(site, rule=site.rule and change(site.rule)) for site in sites)
+    layers = tuple(replace(some, sites=changed(some.sites)) for some in recipe.layers)
+    return replace(recipe, default=change(recipe.default), sites=changed(recipe.sites), layers=layers)
 
 
 def change_operands(recipe: QuantConfig, *names: str, **changes) -> QuantConfig:

@@ -53,10 +53,10 @@ def remat_block(policy: str, *, scanned: bool) -> type[Block]:
     return nn.remat(Block, prevent_cse=not scanned, policy=keep[policy])
 
 
-def layer_run(config: ModelConfig, ops: Ops, *, moe: bool, length: int, name: str) -> nn.Module:
+def layer_run(config: ModelConfig, ops: Ops, *, moe: bool, length: int, **place) -> nn.Module:
     """`length` equal blocks as one scan: parameters, caches and statistics are stacked on axis 0.
 
-    Compile time grows with the number of such runs, not with depth.
+    Compile time grows with the number of such runs, not with depth. `place`: name and parent, as of every module.
     """
     scanned = nn.scan(
         remat_block(config.remat, scanned=True),
@@ -67,4 +67,4 @@ def layer_run(config: ModelConfig, ops: Ops, *, moe: bool, length: int, name: st
         metadata_params={nn.PARTITION_NAME: "layers"},
         unroll=min(config.scan_unroll, length),
     )
-    return scanned(config, ops, moe, name=name)
+    return scanned(config, ops, moe, **place)

@@ -47,6 +47,8 @@ class Ops:
       own rows, and back, weighted by the gate.
     - `loss(x_TD, w_DV, targets_T, weights_T) -> TokenLoss`: cross-entropy through the output head.
 
+    `layers`: bundles for the first layers, where they differ; an MTP module follows the layers of the trunk.
+
     Values that wait for the backward pass are named as `SAVED_BY_REPORT` (`dsv3/model/block.py`) lists them: a site's
     output by the site, what it keeps of its input `<site>.input`.
     """
@@ -58,6 +60,10 @@ class Ops:
     mlp: Callable
     moe: Callable
     loss: Callable
+    layers: tuple["Ops", ...] = ()
+
+    def of_layer(self, index: int) -> "Ops":
+        return self.layers[index] if index < len(self.layers) else self
 
 
 def linear(site: str, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The whole model: embedding, runs of layers, final norm, head, and the MTP modules beside them."""
 
+from itertools import groupby
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -46,6 +47,12 @@ def _of_depths(values: list[jax.Array]) -> jax.Array:
     return jnp.stack(values) if values else jnp.zeros((0,), jnp.float32)
 
 
+def _runs(config: ModelConfig) -> dict[str, tuple[int, bool, int]]:
+    """Of every run of equal layers: the number of its first, whether they have experts, how many they are."""
+    return {"dense_layers": (0, False, config.n_dense_layers),
+            "moe_layers": (config.n_dense_layers, True, config.n_moe_layers)}
+
+
 class Transformer(nn.Module):
     """DeepSeek-V3 as single-device mathematics. Every method is for `Transformer.apply(..., method=...)`."""
 
@@ -55,14 +62,14 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed = matrix(self, "embed", c.init_std, vocab=c.vocab_size, embed=c.dim)
-        runs = {"dense_layers": (False, c.n_dense_layers), "moe_layers": (True, c.n_moe_layers)}
+        runs = _runs(c)
         self.runs = {
             name: layer_run(c, self.ops, moe=moe, length=length, name=name)
-            for name, (moe, length) in runs.items() if length > 0
+            for name, (_, moe, length) in runs.items() if length > 0
         }
         self.norm = gain(self, "norm", c.dim)
         self.head = matrix(self, "head", c.init_std, embed=c.dim, vocab=c.vocab_size)
-        self.mtp = [MTP(c, self.ops, name=f"mtp_{depth}") for depth in range(c.mtp.depth)]
+        self.mtp = [MTP(c, self.ops.of_layer(c.n_layers + depth), name=f"mtp_{depth}") for depth in range(c.mtp.depth)]
 
     def embedded(self, tokens_BT: jax.Array) -> jax.Array:
         return self.embed[tokens_BT].astype(self.config.dtype)
@@ -74,10 +81,29 @@ class Transformer(nn.Module):
         x_BTD = self.embedded(tokens_BT)
         new_caches, stats = {}, {}
         for name, run in self.runs.items():
-            x_BTD, (cache, run_stats) = run(x_BTD, None if caches is None else caches[name], context)
+            cache = None if caches is None else caches[name]
+            x_BTD, (cache, run_stats) = self._layers(name, run, x_BTD, cache, context)
             new_caches |= {name: cache}
             stats |= {} if run_stats is None else {name: run_stats}
         return x_BTD, new_caches, stats
+
+    def _layers(self, name: str, run: nn.Module, x_BTD: jax.Array, caches: LatentCache | None, context: Context):
+        """A run of layers: one scan, or one after the other for layers whose operations differ.
+
+        The parameters are the same in both: a checkpoint does not know what its layers computed in.
+        """
+        first, moe, length = _runs(self.config)[name]
+        bundles = groupby(range(length), lambda index: self.ops.of_layer(first + index))
+        parts = [(ops, list(indices)) for ops, indices in bundles]
+        if len(parts) == 1 and parts[0][0] is self.ops or self.is_initializing():
+            return run(x_BTD, caches, context)
+        found = []
+        for ops, indices in parts:
+            these = lambda tree, indices=indices: jax.tree.map(lambda leaf: leaf[indices[0]:indices[-1] + 1], tree)
+            part = layer_run(self.config, ops, moe=moe, length=len(indices), name=None, parent=None)
+            x_BTD, outputs = part.apply(these(dict(run.variables)), x_BTD, these(caches), context)
+            found.append(outputs)
+        return x_BTD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
 
     def final_norm(self, x_BTD: jax.Array) -> jax.Array:
         return self.ops.norm(x_BTD, self.norm, self.config.norm_eps)

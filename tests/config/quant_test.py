@@ -5,7 +5,19 @@ from dataclasses import replace
 
 import pytest
 
-from dsv3.config import Operand, QuantConfig, Rule, Site, UserError, differences, from_dict, override, resolve, to_dict
+from dsv3.config import (
+    Layers,
+    Operand,
+    QuantConfig,
+    Rule,
+    Site,
+    UserError,
+    differences,
+    from_dict,
+    override,
+    resolve,
+    to_dict,
+)
 from dsv3.config.quant import OPERANDS, RECIPES, SITES, change_all, change_operands
 from experiments.launch import load_config
 
@@ -106,12 +118,29 @@ def test_a_recipe_survives_json_and_the_command_line():
     (lambda: replace(RULE, accumulator="hopper", dgrad_dy=replace(RULE.dgrad_dy, format="e5m2")),
      "rule.dgrad_dy has another format"),
     (lambda: replace(FP8, sites=(Site(pattern="experts.down", rule=None),)), "give both a rule or neither"),
+    (lambda: replace(FP8, layers=(Layers(first=3, last=3, sites=(Site(pattern="experts.down", rule=None),)),)),
+     "give both a rule or neither"),
+    (lambda: Layers(first=3, last=2, sites=()), "first 3 and last 2; expected 0 <= first <= last"),
+    (lambda: Layers(first=-1, last=2, sites=()), "first -1"),
 ])
 def test_what_cannot_work_is_refused(change, said):
     with pytest.raises(UserError, match=said):
         change()
 
 
+def test_layers_that_a_model_does_not_have_are_refused():
+    free = Site(pattern="attn.*", rule=None)
+    of = lambda last: replace(FP8, layers=(Layers(first=0, last=last, sites=(free,)),))
+    tiny = load_config("configs/tiny.py", [])
+    n_layers = tiny.model.n_layers + tiny.model.mtp.depth
+    named = replace(tiny, quant=of(n_layers - 1), train=replace(tiny.train, numerics_every=None))
+    assert from_dict(type(tiny), json.loads(json.dumps(to_dict(named)))) == named
+    with pytest.raises(UserError, match=f"quant.layers reaches layer {n_layers}; .* have {n_layers}"):
+        replace(named, quant=of(n_layers))
+    with pytest.raises(UserError, match="numerics_every watches a recipe that is the same in all"):
+        replace(named, train=replace(tiny.train, numerics_every=10))
+
+
 def test_later_promotion_where_scales_do_not_change():
     assert replace(change_all(FP8, tile="tensor").default, interval=512).interval == 512
-    assert isinstance(QuantConfig(default=RULE, sites=(), swiglu_kept=None).default, Rule)
+    assert isinstance(QuantConfig(default=RULE, sites=(), layers=(), swiglu_kept=None).default, Rule)

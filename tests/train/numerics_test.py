@@ -51,12 +51,12 @@ observed = jax.jit(observe_product, static_argnums=0)
 REFERENCE = reference_ops(row_block=4, loss_chunk=8)
 
 
-EVERYWHERE = QuantConfig(default=COARSE, sites=(), swiglu_kept=None)
+EVERYWHERE = QuantConfig(default=COARSE, sites=(), layers=(), swiglu_kept=None)
 
 
 def only(rule, *sites):
     """`rule` at these sites and none at the others."""
-    return QuantConfig(default=rule, swiglu_kept=None, sites=(
+    return QuantConfig(default=rule, layers=(), swiglu_kept=None, sites=(
         *(Site(pattern=site, rule=rule) for site in sites), Site(pattern="*", rule=None)))
 
 
