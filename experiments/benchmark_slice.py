@@ -88,13 +88,11 @@ def with_draws(ops: Ops, draws_NTK: jax.Array) -> Ops:
 
     So nothing of the router can be left out, and no plan can be made once for all layers.
     """
-    name = "moe" if hasattr(ops, "moe") else "dispatch"
-    operation = getattr(ops, name)
+    def moe(h_TD: jax.Array, topk_TK: jax.Array, *rest):
+        return ops.moe(h_TD, draws_NTK[jnp.sum(topk_TK[:, 0]) % len(draws_NTK)], *rest)
 
-    def replaced(x_TD: jax.Array, topk_TK: jax.Array, *rest):
-        return operation(x_TD, draws_NTK[jnp.sum(topk_TK[:, 0]) % len(draws_NTK)], *rest)
-
-    return dataclasses.replace(ops, **{name: replaced})
+    of_layer = {own: with_draws(own, draws_NTK) for own in ops.layers}  # layers alike stay alike
+    return dataclasses.replace(ops, moe=moe, layers=tuple(of_layer[own] for own in ops.layers))
 
 
 class Gradients(NamedTuple):

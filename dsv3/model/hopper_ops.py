@@ -1,14 +1,12 @@
 """The bundle of operations for one Hopper GPU in bfloat16: kernels for attention, grouped products and RMSNorm."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 
-from dsv3.kernels.attention import attend
-from dsv3.kernels.attention_cudnn import CUDNN
 from dsv3.kernels.cross_entropy import TokenLoss, cross_entropy
-from dsv3.kernels.grouped_dot_hopper import BLOCK, grouped_dot_hopper
-from dsv3.kernels.norm_hopper import rms_norm_hopper
+from dsv3.kernels.grouped_dot_hopper import BLOCK
 from dsv3.model.ops import Ops, attention_linear, linear, mlp, moe, norm_linear
 
 LOGITS, LOSS_CHUNK = 2 ** 29, 16_384
@@ -21,8 +19,8 @@ def loss(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, weights_T: jax.
     return cross_entropy(x_TD, w_DV, targets_T, weights_T, max(BLOCK, chunk))
 
 
-def hopper_ops(*, attention=partial(attend, CUDNN), grouped_dot=grouped_dot_hopper, norm=rms_norm_hopper) -> Ops:
-    """Expert rows in blocks of 128; the kernels may be replaced by forms that accept more shapes.
+def hopper_ops(*, attention: Callable, grouped_dot: Callable, norm: Callable) -> Ops:
+    """Expert rows in blocks of 128, and these kernels, or forms of them that accept more shapes.
 
     Rows are gathered again in the backward pass: that moves less than keeping them.
     """

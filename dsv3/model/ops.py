@@ -7,6 +7,7 @@ anywhere. Build a bundle once and close over it: a bundle rebuilt for every call
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import jax
@@ -64,6 +65,11 @@ class Ops:
 
     def of_layer(self, index: int) -> "Ops":
         return self.layers[index] if index < len(self.layers) else self
+
+    def alike(self, first: int, length: int) -> list[tuple["Ops", slice]]:
+        """Neighbouring layers with one bundle among `length` from `first` on; slices count from `first`."""
+        found = [(ops, list(run)) for ops, run in groupby(range(length), lambda index: self.of_layer(first + index))]
+        return [(ops, slice(run[0], run[-1] + 1)) for ops, run in found]
 
 
 def linear(site: str, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """The whole model: embedding, runs of layers, final norm, head, and the MTP modules beside them."""
 
-from itertools import groupby
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -47,7 +46,7 @@ def _of_depths(values: list[jax.Array]) -> jax.Array:
     return jnp.stack(values) if values else jnp.zeros((0,), jnp.float32)
 
 
-def _runs(config: ModelConfig) -> dict[str, tuple[int, bool, int]]:
+def layer_runs(config: ModelConfig) -> dict[str, tuple[int, bool, int]]:
     """Of every run of equal layers: the number of its first, whether they have experts, how many they are."""
     return {"dense_layers": (0, False, config.n_dense_layers),
             "moe_layers": (config.n_dense_layers, True, config.n_moe_layers)}
@@ -62,7 +61,7 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed = matrix(self, "embed", c.init_std, vocab=c.vocab_size, embed=c.dim)
-        runs = _runs(c)
+        runs = layer_runs(c)
         self.runs = {
             name: layer_run(c, self.ops, moe=moe, length=length, name=name)
             for name, (_, moe, length) in runs.items() if length > 0
@@ -92,15 +91,14 @@ class Transformer(nn.Module):
 
         The parameters are the same in both: a checkpoint does not know what its layers computed in.
         """
-        first, moe, length = _runs(self.config)[name]
-        bundles = groupby(range(length), lambda index: self.ops.of_layer(first + index))
-        parts = [(ops, list(indices)) for ops, indices in bundles]
+        first, moe, length = layer_runs(self.config)[name]
+        parts = self.ops.alike(first, length)
         if len(parts) == 1 and parts[0][0] is self.ops or self.is_initializing():
             return run(x_BTD, caches, context)
         found = []
-        for ops, indices in parts:
-            these = lambda tree, indices=indices: jax.tree.map(lambda leaf: leaf[indices[0]:indices[-1] + 1], tree)
-            part = layer_run(self.config, ops, moe=moe, length=len(indices), name=None, parent=None)
+        for ops, some in parts:
+            these = lambda tree, some=some: jax.tree.map(lambda leaf: leaf[some], tree)
+            part = layer_run(self.config, ops, moe=moe, length=some.stop - some.start, name=None, parent=None)
             x_BTD, outputs = part.apply(these(dict(run.variables)), x_BTD, these(caches), context)
             found.append(outputs)
         return x_BTD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)

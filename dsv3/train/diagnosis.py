@@ -17,7 +17,8 @@ from dsv3.model.batch import Batch
 from dsv3.model.feed_forward import MLP, MoE
 from dsv3.model.mla import MLA
 from dsv3.model.mtp import MTP, mtp_inputs
-from dsv3.model.transformer import Transformer
+from dsv3.model.ops import Ops
+from dsv3.model.transformer import Transformer, layer_runs
 
 
 class Diverged(UserError):
@@ -43,7 +44,7 @@ def _outputs(
     bound, found = model.bind(variables), OrderedDict()  # a dict would come back sorted by name
     context = bound.training_context(batch, segment_mask)
 
-    def layer(x_BTD: jax.Array, own: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def layer(ops: Ops, x_BTD: jax.Array, own: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
         params, routing = own["params"], own["routing"]
         attended_BTD, _ = MLA(config, ops).apply({"params": params["attn"]}, x_BTD, context, None)
         x_BTD = x_BTD + attended_BTD
@@ -60,12 +61,12 @@ def _outputs(
 
     x_BTD = bound.embedded(batch.tokens_BT)
     found["embed"] = _finite(x_BTD)
-    for run in ("dense_layers", "moe_layers"):
-        if run not in variables["params"]:
-            continue
-        x_BTD, finite = jax.lax.scan(layer, x_BTD, {name: tree.get(run) for name, tree in variables.items()})
-        for index in range(len(finite["attn"])):
-            found |= {f"{run}[{index}].{part}": finite_L[index] for part, finite_L in finite.items()}
+    for run, (first, _, length) in layer_runs(config).items():
+        for own_ops, some in ops.alike(first, length):
+            these = {name: jax.tree.map(lambda leaf: leaf[some], tree.get(run)) for name, tree in variables.items()}
+            x_BTD, finite = jax.lax.scan(partial(layer, own_ops), x_BTD, these)
+            for index in range(some.stop - some.start):
+                found |= {f"{run}[{some.start + index}].{part}": ok_L[index] for part, ok_L in finite.items()}
     normed_BTD = bound.final_norm(x_BTD)
     found["norm"] = _finite(normed_BTD)
     found["head"] = _finite(loss(normed_BTD, batch.targets_BT, batch.weights_BT))
@@ -73,7 +74,8 @@ def _outputs(
         name, inputs = f"mtp_{index}", mtp_inputs(batch, index + 1)
         hidden_BTD, embedded_BTD = bound.first_hidden(x_BTD, normed_BTD), bound.embedded(inputs.tokens_BT)
         own = {part: tree[name] for part, tree in variables.items() if name in tree}
-        x_BTD, normed_BTD, _ = MTP(config, ops).apply(own, hidden_BTD, embedded_BTD, context)
+        module = MTP(config, ops.of_layer(config.n_layers + index))
+        x_BTD, normed_BTD, _ = module.apply(own, hidden_BTD, embedded_BTD, context)
         found[name] = _finite(normed_BTD)
         found[f"{name}, head"] = _finite(loss(normed_BTD, inputs.targets_BT, inputs.weights_BT))
     return found

@@ -63,14 +63,18 @@ def test_draws_are_skewed_and_repeat_experts():
 
 def test_rows_follow_a_draw_that_the_router_picks():
     seen, ops = [], reference_ops()
-    name, = {"dispatch", "moe"} & {field.name for field in dataclasses.fields(ops)}
-    recorded = dataclasses.replace(ops, **{name: lambda x, topk, *rest: seen.append((topk, rest))})
+    recorded = dataclasses.replace(ops, moe=lambda x, topk, *rest: seen.append((topk, rest)))
+    recorded = dataclasses.replace(recorded, layers=(recorded, ops, recorded))
     draws = jnp.arange(3 * 5 * 2).reshape(3, 5, 2)
     for first in range(4):
         router = jnp.zeros((5, 2), jnp.int32).at[2, 0].set(first)
-        getattr(with_draws(recorded, draws), name)(None, router, 8)
-        np.testing.assert_array_equal(seen[-1][0], draws[first % 3])
-        assert seen[-1][1] == (8,)
+        drawn = with_draws(recorded, draws)
+        assert drawn.of_layer(0) is drawn.of_layer(2) != drawn.of_layer(1)
+        for bundle in (drawn, drawn.of_layer(0)):
+            seen.clear()
+            bundle.moe(None, router, 8)
+            np.testing.assert_array_equal(seen[-1][0], draws[first % 3])
+            assert seen[-1][1] == (8,)
 
 
 @cache

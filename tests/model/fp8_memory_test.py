@@ -98,14 +98,15 @@ def test_what_waits_is_what_was_counted():
 @pytest.mark.slow
 @pytest.mark.parametrize("remat, share", [("report", 0.47), ("none", 0.65)])
 def test_memory_falls_by_what_was_predicted(remat, share):
-    """What is measured is what waits, but for some tensors that wait twice and that XLA merges: 4% of the whole.
+    """What is measured is what waits, within 1%; under `none` XLA merges tensors of the bfloat16 model that wait twice,
+    and packs buffers by how many layers there are: up to 9% less.
 
-    And but for how XLA packs buffers: four layers more cost 0.92 to 1.06 of it, by how many there were before.
     On a CPU, XLA holds 8-bit floats in 16 bits inside loops: those bytes are found and taken off.
     """
     measured = {}
     for name in BUNDLES:
         held, in_8_bits = waiting(name, remat)
         measured[name] = compiled_bytes(name, remat) - in_8_bits
-        assert 0.91 < measured[name] / held < 1.01, (name, measured[name], held)
+        merged = 0.09 if remat == "none" else 0.01
+        assert 1 - merged < measured[name] / held < 1.01, (name, measured[name], held)
     assert measured["fp8"] < share * measured["bf16"]

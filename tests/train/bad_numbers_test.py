@@ -114,6 +114,20 @@ def test_every_layer_and_part_is_told_apart():
         assert [name for name, finite in found.items() if finite] == names[:names.index(name)]
 
 
+def test_a_layer_is_seen_by_its_own_operations():
+    """Where recipes differ by layer: a bundle that spoils one layer's products is that layer's output alone."""
+    ops = reference_ops(row_block=4, loss_chunk=8)
+    bad = dataclasses.replace(ops, mlp=lambda sites, x, *weights: jnp.nan * ops.mlp(sites, x, *weights))
+    config = model_config(n_layers=3, n_dense_layers=2)
+    variables, batch = random_variables(config), random_batch(config)
+    for layers, place in (((ops, bad), "dense_layers[1].mlp"), ((ops, ops, bad), "moe_layers[0].moe"),
+                          ((ops, ops, ops, bad), "mtp_0")):
+        model = Transformer(config, dataclasses.replace(ops, layers=layers))
+        found = first_nonfinite(model, variables["params"], variables["routing"], batch, False)
+        assert found == f"the output of {place}"
+        assert not np.isfinite(model.apply(variables, batch).mtp_D).any()
+
+
 def test_layers_and_micro_batches_share_their_programs():
     """The model is traced as often for four layers as for one, and not again for the next micro-batch."""
     ops, calls = reference_ops(row_block=4, loss_chunk=8), []
