@@ -30,6 +30,8 @@ AHEAD = 2
 """Steps whose operands have arrived before a warpgroup starts a product."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernel is right, only less evenly spread."""
+WARPS = 4
+"""Of a warpgroup."""
 CONSUMERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 2, 232, 40
 
 
@@ -121,41 +123,58 @@ def _after(slot: jax.Array, steps: int, stages: int) -> jax.Array:
 
 
 def _produce(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tuning) -> None:
-    """Copy the operands of every step of every tile into the slots, in turn."""
+    """Copy the operands of every step of every tile into the slots, in turn. Every slot belongs to one of four warps.
+
+    A step costs a warp some 70 instructions, in slots of its scheduler that two multiplying warps need: with steps
+    shared out, a fourth of that.
+    """
     stages = jnp.int32(tuning.stages)
     together = lambda operand: dict(collective_axes=("pair",)) if tuning.pair == operand else {}
 
-    def wait_until_empty(count):
-        @pl.when(count >= stages)
-        def _():
-            plgpu.barrier_wait(shared.empty.at[lax.rem(count, stages)])
+    @plgpu.warp_map
+    def _(warp):
+        def when_mine(slot):
+            return pl.when(lax.bitwise_and(slot, jnp.int32(WARPS - 1)) == warp)
 
-    @each_tile(init_carry=jnp.int32(0))
-    def count(loop, carry):
-        tile = tile_at(loop.index[0])
+        def wait_until_empty(count, slot):
+            @pl.when(count >= stages)
+            def _():
+                plgpu.barrier_wait(shared.empty.at[slot])
 
-        def load(step, count):
-            wait_until_empty(count)
-            slot = lax.rem(count, stages)
-            copy = lambda source, target, **how: plgpu.copy_gmem_to_smem(
-                source, target.at[slot], shared.full.at[slot], **how)
-            copy(tile.a(step), shared.a, **together("a"))
-            copy(tile.b(step), shared.b, **together("b"))
-            copy(tile.a_scales(step), shared.a_scales)
-            if shared.b_scales is not None:
-                copy(tile.b_scales(step), shared.b_scales)
-            return count + 1
+        @each_tile(init_carry=(jnp.int32(0), jnp.int32(0)))
+        def state(loop, carry):
+            tile = tile_at(loop.index[0])
 
-        return lax.fori_loop(0, tile.steps, load, carry)
+            def load(step, state):
+                count, slot = state
 
-    for ahead in range(AHEAD):  # consumers wait for so many steps more than there are
-        wait_until_empty(count + ahead)
-        for _ in range(3 + (shared.b_scales is not None)):
-            plgpu.barrier_arrive(shared.full.at[lax.rem(count + ahead, stages)])
-    for last in range(tuning.stages - AHEAD):  # no barrier is left with an arrival that nobody saw
-        @pl.when(count > last)
-        def _(last=last):
-            plgpu.barrier_wait(shared.empty.at[lax.rem(count - 1 - last, stages)])
+                @when_mine(slot)
+                def _():
+                    wait_until_empty(count, slot)
+                    copy = lambda source, target, **how: plgpu.copy_gmem_to_smem(
+                        source, target.at[slot], shared.full.at[slot], **how)
+                    copy(tile.a(step), shared.a, **together("a"))
+                    copy(tile.b(step), shared.b, **together("b"))
+                    copy(tile.a_scales(step), shared.a_scales)
+                    if shared.b_scales is not None:
+                        copy(tile.b_scales(step), shared.b_scales)
+                return count + 1, _after(slot, 1, tuning.stages)
+
+            return lax.fori_loop(0, tile.steps, load, carry)
+
+        count, slot = state
+        for ahead in range(AHEAD):  # consumers wait for so many steps more than there are
+            @when_mine(_after(slot, ahead, tuning.stages))
+            def _(slot=_after(slot, ahead, tuning.stages), ahead=ahead):
+                wait_until_empty(count + ahead, slot)
+                for _ in range(3 + (shared.b_scales is not None)):
+                    plgpu.barrier_arrive(shared.full.at[slot])
+        for last in range(tuning.stages - AHEAD):  # no barrier is left with an arrival that nobody saw
+            slot_of_last = _after(slot, tuning.stages - 1 - last, tuning.stages)
+
+            @pl.when(lax.bitwise_and(count > last, lax.bitwise_and(slot_of_last, jnp.int32(WARPS - 1)) == warp))
+            def _(slot=slot_of_last):
+                plgpu.barrier_wait(shared.empty.at[slot])
 
 
 def _consume(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tuning, group: jax.Array) -> None:
