@@ -55,9 +55,13 @@ class Tuning(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One output tile: its steps, where its operands and scales are at a step, and where a piece of it goes."""
+    """One output tile: its steps, where its operands and scales are at a step, and where a piece of it goes.
+
+    `steps` are no fewer than `_least(tuning)`; those beyond `real` are of no account. None: all count.
+    """
 
     steps: int | jax.Array
+    real: jax.Array | None
     a: Callable[[jax.Array], Any]
     a_scales: Callable[[jax.Array], Any]
     b: Callable[[jax.Array], Any]
@@ -177,8 +181,13 @@ def _produce(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tun
                 plgpu.barrier_wait(shared.empty.at[slot])
 
 
+def _least(tuning: Tuning) -> int:
+    """Steps that every tile has, so that what the first of them hide can be straight code."""
+    return 2 if tuning.doubled else 1
+
+
 def _consume(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tuning, group: jax.Array) -> None:
-    """Multiply, promote and write one half of every tile."""
+    """Multiply and promote one half of every tile, and write it out while the first products of the next one run."""
     width, stages = tuning.width, tuning.stages
     half = pl.ds(group * HALF, HALF)
     column_scales = shared.b_scales is not None
@@ -188,6 +197,7 @@ def _consume(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tun
     down = lambda scale: lax.broadcast_in_dim(scale, (HALF, segment), (0,))
     across = lambda scale: lax.broadcast_in_dim(scale, (HALF, segment), (1,))
     row_scale = lambda slot: plgpu.load(shared.a_scales.at[slot, half], layout=plgpu.Layout.WGMMA.reduce(1))
+    zero = plgpu.layout_cast(jnp.zeros((HALF, segment), jnp.float32), plgpu.Layout.WGMMA)
 
     def arrived(slot):
         """Wait for a slot; the scales of this half's rows, read at once (column scales keep them for later)."""
@@ -217,23 +227,56 @@ def _consume(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tun
             plgpu.barrier_arrive(shared.empty.at[slot])
         return totals
 
-    def multiply(tile, carry):
-        """All steps of a tile. The carry is the next slot and the row scales of the slots that have arrived."""
+    def counted(totals, before, real, step):
+        """Totals with a step, or as before it if the tile does not have that many."""
+        if real is None:
+            return totals
+        counts = lax.broadcast_in_dim(real > step, (HALF, segment), ())
+        return [lax.select(counts, total, old) for total, old in zip(totals, before, strict=True)]
+
+    def write(index, totals):
+        """A tile's half through two small buffers, which the copy engine empties while the next is filled.
+
+        The first time there is no tile yet (`index` below 0): then nothing leaves the buffers.
+        """
+        tile = tile_at(lax.max(index, jnp.int32(0)))
+        piece = shared.out.shape[-1]
+        chunk = min(piece, segment)
+        for i in range(width // piece):
+            staged = shared.out.at[group, i % 2]
+            plgpu.wait_smem_to_gmem(_in_flight(i, width // piece), wait_read_only=True)
+            for first in range(i * piece, (i + 1) * piece, chunk):
+                inside = first % segment
+                staged.at[:, pl.ds(first - i * piece, chunk)][...] = totals[first // segment][:, inside:inside + chunk]
+            plgpu.commit_smem()
+
+            @pl.when(index >= 0)
+            def _(i=i, staged=staged):
+                plgpu.copy_smem_to_gmem(staged, tile.out(group, i * piece, piece))
+
+    def multiply(tile, carry, meanwhile):
+        """All steps of a tile; `meanwhile()` is called when the first products run.
+
+        The carry is the next slot and the row scales of the slots that have arrived.
+        """
         factors_of = lambda index: (
             () if column_scales else tuple(tile.b_scales(lax.min(jnp.int32(index), jnp.int32(tile.steps - 1)))))
 
-        def single(index, state):
+        def single(index, state, meanwhile=None, real=None):
             slot, row, next_row, factors, *totals = state
             next_factors = factors_of(index + 1)
 
             def run(acc):
                 start(slot, acc)
+                if meanwhile:
+                    meanwhile()
                 return arrived(after(slot, AHEAD)), acc[...]
 
             last_row, part = pl.run_scoped(run, plgpu.ACC((HALF, width)))
-            return after(slot, 1), next_row, last_row, next_factors, *promote(slot, row, factors, part, totals)
+            sums = counted(promote(slot, row, factors, part, totals), totals, real, 0)
+            return after(slot, 1), next_row, last_row, next_factors, *sums
 
-        def double(index, state):
+        def double(index, state, meanwhile=None, real=None):
             """Two steps: while the second multiplies, the first is promoted."""
             early, early_row, late_row, factors, *totals = state
             late = after(early, 1)
@@ -246,49 +289,42 @@ def _consume(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tun
                 start(early, first)
                 start(late, second)
                 plgpu.barrier_arrive(shared.turn.at[1 - group])
+                if meanwhile:
+                    meanwhile()
                 row = arrived(after(early, AHEAD))
                 part = plgpu.wgmma_accumulator_load(first, wait_n=1)
                 lax.optimization_barrier(unused)
-                sums = promote(early, early_row, factors, part, totals)
+                sums = counted(promote(early, early_row, factors, part, totals), totals, real, 0)
                 return row, arrived(after(late, AHEAD)), sums, second[...]
 
             row, last_row, sums, part = pl.run_scoped(run, plgpu.ACC((HALF, width)), plgpu.ACC((HALF, width)))
-            return after(late, 1), row, last_row, next_factors, *promote(late, late_row, late_factors, part, sums)
+            sums = counted(promote(late, late_row, late_factors, part, sums), sums, real, 1)
+            return after(late, 1), row, last_row, next_factors, *sums
 
-        zero = plgpu.layout_cast(jnp.zeros((HALF, segment), jnp.float32), plgpu.Layout.WGMMA)
-        state = *carry, factors_of(0), *[zero] * (width // segment)
-        singles = 0
+        begin = double if tuning.doubled else single
+        state = begin(jnp.int32(0), (*carry, factors_of(0), *[zero] * (width // segment)), meanwhile, tile.real)
+        done = 1
         if tuning.doubled:
-            state = lax.fori_loop(0, tile.steps // 2, double, state)
-            singles = tile.steps // 2 * 2
-        state = lax.fori_loop(singles, tile.steps, single, state)
+            state = lax.fori_loop(1, tile.steps // 2, double, state)
+            done = tile.steps // 2 * 2
+        state = lax.fori_loop(done, tile.steps, single, state)
         return state[:1 + AHEAD], state[2 + AHEAD:]
-
-    def write(tile, totals):
-        """Through two small buffers, which the copy engine empties while the next is filled."""
-        piece = shared.out.shape[-1]
-        chunk = min(piece, segment)
-        for i in range(width // piece):
-            staged = shared.out.at[group, i % 2]
-            plgpu.wait_smem_to_gmem(_in_flight(i, width // piece), wait_read_only=True)
-            for first in range(i * piece, (i + 1) * piece, chunk):
-                inside = first % segment
-                values = totals[first // segment][:, inside:inside + chunk].astype(staged.dtype)
-                staged.at[:, pl.ds(first - i * piece, chunk)][...] = values
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staged, tile.out(group, i * piece, piece))
 
     if tuning.doubled:
         @pl.when(group == 1)
         def _():
             plgpu.barrier_arrive(shared.turn.at[0])
 
-    @each_tile(init_carry=(jnp.int32(0), *(arrived(jnp.int32(slot)) for slot in range(AHEAD))))
-    def _(loop, carry):
-        tile = tile_at(loop.index[0])
-        carry, totals = multiply(tile, carry)
-        write(tile, totals)
-        return carry
+    nothing = jnp.int32(-1), *[zero.astype(shared.out.dtype)] * (width // segment)
+
+    @each_tile(init_carry=((jnp.int32(0), *(arrived(jnp.int32(slot)) for slot in range(AHEAD))), nothing))
+    def last(loop, carry):
+        carry, (before, *finished) = carry
+        index = loop.index[0]
+        carry, totals = multiply(tile_at(index), carry, lambda: write(before, finished))
+        return carry, (index, *(total.astype(shared.out.dtype) for total in totals))
+
+    write(last[1][0], last[1][1:])
 
     if tuning.doubled:
         @pl.when(group == 0)
@@ -357,6 +393,9 @@ def rows_times_blocks(
     width = tuning.width
     n_tiles, place = _grid(pl.cdiv(m, ROWS), pl.cdiv(n, width), tuning)
     segment, last_block, last_row = math.gcd(width, DEPTH), b.scales.shape[-2] - 1, a.values.shape[0] // ROWS - 1
+    n_steps = a.values.shape[1] // DEPTH
+    enough = n_steps >= _least(tuning)
+    there = lambda step: step if enough else lax.min(step, jnp.int32(n_steps - 1))
 
     def tile_of(index, *refs):
         experts, (a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref) = refs[:-5], refs[-5:]
@@ -364,13 +403,13 @@ def rows_times_blocks(
         rows, columns = pl.ds(row * ROWS, ROWS), pl.ds(column * width, width)
         which = (experts[0][lax.min(row, last_row)],) if experts else ()
         block = lambda i: lax.min(lax.div(column * width + i * segment, DEPTH), last_block)
-        depth = lambda step: pl.ds(step * DEPTH, DEPTH)
+        depth = lambda step: pl.ds(there(step) * DEPTH, DEPTH)
         return Tile(
-            a.values.shape[1] // DEPTH,
+            max(n_steps, _least(tuning)), None if enough else jnp.int32(n_steps),
             lambda step: a_ref.at[rows, depth(step)],
-            lambda step: a_scales_ref.at[step, rows],
+            lambda step: a_scales_ref.at[there(step), rows],
             lambda step: b_ref.at[*which, columns, depth(step)],
-            lambda step: [b_scales_ref[*which, block(i), step] for i in range(width // segment)],
+            lambda step: [b_scales_ref[*which, block(i), there(step)] for i in range(width // segment)],
             _out(out_ref, row, column, width))
 
     arguments = () if expert_Z is None else (expert_Z,)
@@ -388,21 +427,24 @@ def weight_gradient(
     require(width % 32 == 0, f"{tuning}: the copy engine needs the {width} scales of a tile's columns to fill a "
             "multiple of 128 bytes; use a width that is a multiple of 32")
     n_tiles, place = _grid(pl.cdiv(a.values.shape[0], ROWS), pl.cdiv(b.values.shape[0], width), tuning)
-    shape = (a.values.shape[0], b.values.shape[0])
+    shape, n_blocks = (a.values.shape[0], b.values.shape[0]), a.values.shape[1] // DEPTH
 
     def tile_of(index, *refs):
         groups, (a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref) = refs[:-5], refs[-5:]
         expert, within = lax.div(index, n_tiles), lax.rem(index, n_tiles)
         row, column = place(within)
         rows, columns = pl.ds(row * ROWS, ROWS), pl.ds(column * width, width)
-        first, steps = (groups[0][expert], groups[1][expert]) if groups else (0, a.values.shape[1] // DEPTH)
-        depth = lambda step: pl.ds((first + step) * DEPTH, DEPTH)
+        first, real = (groups[0][expert], groups[1][expert]) if groups else (0, n_blocks)
+        counted = groups or n_blocks < _least(tuning)
+        block = lambda step: lax.min(first + step, jnp.int32(n_blocks - 1)) if counted else step
+        depth = lambda step: pl.ds(block(step) * DEPTH, DEPTH)
         return Tile(
-            steps,
+            lax.max(jnp.int32(real), jnp.int32(_least(tuning))) if counted else n_blocks,
+            jnp.int32(real) if counted else None,
             lambda step: a_ref.at[rows, depth(step)],
-            lambda step: a_scales_ref.at[first + step, rows],
+            lambda step: a_scales_ref.at[block(step), rows],
             lambda step: b_ref.at[columns, depth(step)],
-            lambda step: b_scales_ref.at[first + step, columns],
+            lambda step: b_scales_ref.at[block(step), columns],
             _out(out_ref.at[expert] if groups else out_ref, row, column, width))
 
     if steps_E is None:
