@@ -5,7 +5,8 @@ rewrites them). `step` measures one training step of a config (`--config=FILE`, 
 `--profile=DIR`). `slice` measures four layers of V3 at full width with the work of one expert-parallel rank.
 
 `gemm`, `grouped`, `quantize`, `norm`, `attention` and `loss` check kernels against float32 references and time them
-beside XLA's and, with `--peers`, torch's. `tune` sweeps kernels' parameters into dsv3/kernels/tuning.json.
+beside XLA's and, with `--peers`, torch's. `exact` compares products in 8 bits with the model of the tensor core, to
+the bit. `tune` sweeps kernels' parameters into dsv3/kernels/tuning.json.
 
 `import` generates a checkpoint of `--gigabytes` in `--scratch` and measures the peak memory and the speed of importing
 it. `render` makes the tables of docs/benchmarks.md from docs/benchmarks/*.json, which the others write with
@@ -20,6 +21,7 @@ from absl import flags
 
 from experiments import (
     benchmark_attention,
+    benchmark_exact,
     benchmark_gemm,
     benchmark_grouped,
     benchmark_import,
@@ -49,5 +51,5 @@ if __name__ == "__main__":
         "shapes": benchmark_shapes.main, "step": benchmark_step.main, "slice": benchmark_slice.main,
         "gemm": benchmark_gemm.main, "grouped": benchmark_grouped.main, "quantize": benchmark_rows.main,
         "attention": benchmark_attention.main, "loss": benchmark_loss.main, "norm": benchmark_norm.main,
-        "import": benchmark_import.main, "render": benchmark_render.main,
+        "exact": benchmark_exact.main, "import": benchmark_import.main, "render": benchmark_render.main,
         "tune": partial(benchmark_tune.main, tunables=benchmark_tunables.TUNABLES)}, "shapes")

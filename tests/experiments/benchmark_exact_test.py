@@ -1,0 +1,82 @@
+"""The check of products to the bit: what the model gives passes, exact sums and lost NaNs do not, whatever the inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3.kernels.scaled import TILE, Blocks, decode_blocks, decode_tiles
+from dsv3.quant.accumulate import promoted_dot
+from experiments import benchmark_exact
+from experiments.benchmark_exact import FAMILIES, Products, family_cases
+from experiments.benchmark_table import differing, reference
+
+PRODUCTS = 4
+
+
+def decoded(operand):
+    return (decode_blocks if isinstance(operand, Blocks) else decode_tiles)(operand)
+
+
+def unused(*_):
+    raise AssertionError("the product under test is another one")
+
+
+def share_that_differs(case):
+    inputs = case.inputs(0)
+    contestant = case.contestants["Hopper"]
+    return float(differing(contestant.run(*inputs), reference(contestant, inputs)))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(benchmark_exact, "N", TILE)
+    monkeypatch.setattr(benchmark_exact, "K", 3 * TILE)
+    monkeypatch.setattr(benchmark_exact, "SIZES", (130, 0, 1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sums_in_another_accumulator_are_found(family):
+    """Exact sums of a chunk, in place of 13 fraction bits."""
+    exact = lambda a, b, dtype: promoted_dot(
+        a.values, b.values, a.scales.T, jnp.repeat(b.scales, TILE, axis=0), TILE, tensor_core=False).astype(dtype)
+    case = family_cases(family, Products(exact, unused, unused, unused))[0]
+    assert share_that_differs(case) > 0.001
+
+
+@pytest.mark.parametrize("index", range(PRODUCTS))
+def test_the_model_is_near_the_product_of_the_decoded_operands(index):
+    """float32 products, one expert after the other: what the model multiplies with what is right, groups included."""
+    case = family_cases("normal", Products(unused, unused, unused, unused))[index]
+    a, b, *rest = inputs = case.inputs(0)
+    ours = np.asarray(reference(case.contestants["Hopper"], inputs), np.float32)
+    a, b = np.asarray(decoded(a)), np.asarray(decoded(b))
+    if index in (0, 2):
+        wanted = a @ b.T
+    elif index == 1:
+        wanted = np.concatenate([rows @ b[expert].T for rows, expert in zip(a.reshape(-1, TILE, a.shape[1]), rest[0])])
+    else:
+        spans = [slice(start, start + TILE * steps) for start, steps in zip(*map(np.asarray, rest))]
+        wanted = np.stack([a[:, span] @ b[:, span].T for span in spans])
+        assert any(span.start == span.stop for span in spans)
+    assert np.linalg.norm(ours - wanted) < 0.004 * np.linalg.norm(wanted)
+
+
+def test_every_family_is_what_it_says():
+    operands = {family: [np.asarray(benchmark_exact.tiles(family, seed, 256, 384).values, np.float32)
+                         for seed in (0, 1)] for family in FAMILIES}
+    assert all(np.isnan(x).any() == (family == "NaN") for family, pair in operands.items() for x in pair)
+    assert (operands["positive"][0] >= 0).all() and (np.abs(operands["subnormal"][0]) < 2 ** -6).all()
+    assert all((x[:, :TILE] == 0).all() and (x[::5] == 0).all() for x in operands["zero tiles"])
+    a, b = operands["cancelling"]
+    assert (a @ b.T == 0).all() and (a[:, :192] @ b[:, :192].T != 0).any()
+    spread = np.log2(np.abs(operands["wide"][0][operands["wide"][0] != 0]))
+    assert spread.max() - spread.min() > 16
+
+
+def test_a_lost_nan_is_found():
+    clean = lambda a, b, dtype: jnp.nan_to_num(benchmark_exact.modelled(a, b)).astype(dtype)
+    case = family_cases("NaN", Products(clean, unused, unused, unused))[0]
+    assert 0 < share_that_differs(case) < 0.1
+    kept = lambda a, b, dtype: jax.jit(benchmark_exact.modelled)(a, b).astype(dtype)
+    assert share_that_differs(family_cases("NaN", Products(kept, unused, unused, unused))[0]) == 0
