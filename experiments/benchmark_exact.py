@@ -1,8 +1,9 @@
-"""Products in 8 bits against the model of the tensor core, to the bit: python -m experiments.benchmark exact [--soak=1000]
+"""Products in 8 bits against the model of the tensor core: python -m experiments.benchmark exact [--soak=1000]
 
-Every product that training takes, on inputs that break sums: of wide range, cancelling, subnormal, positive, with tiles
-of zeros, with NaNs. Scales are powers of two, so that scaling a partial sum is exact and only the order of sums is left
-to agree on: 128 elements in the accumulator of 13 fraction bits (`dsv3/quant/accumulate.py`), partial sums in float32.
+Every product that training takes must agree to the bit, on inputs that break sums: of wide range, cancelling,
+subnormal, positive, with tiles of zeros, with NaNs. Scales are powers of two, so that scaling a partial sum is exact
+and only the order of sums is left to agree on: 128 elements in the accumulator of 13 fraction bits
+(`dsv3/quant/accumulate.py`), partial sums in float32.
 """
 
 import math

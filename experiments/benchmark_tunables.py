@@ -16,8 +16,8 @@ from dsv3.kernels.attention import Heads
 from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.grouped_dot import block_experts, padded_rows
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles, whole
-from dsv3.kernels.scaled_dot_hopper import DEPTH, HALF, ROWS, Tuning
 from dsv3.kernels.scaled_products_hopper import DECODING, NARROW, cost, default_tuning
+from dsv3.kernels.scaled_warpgroups_hopper import DEPTH, HALF, ROWS, Tuning
 from dsv3.kernels.stream_hopper import Streaming
 from experiments import benchmark_attention
 from experiments.benchmark_attention import SCALE

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from dsv3.kernels.scaled import TILE, Blocks, Tiles
 from dsv3.kernels.scaled_dot import Products
-from dsv3.kernels.scaled_dot_hopper import MULTIPROCESSORS, ROWS, Tuning, rows_times_blocks, weight_gradient
+from dsv3.kernels.scaled_dot_hopper import MULTIPROCESSORS, rows_times_blocks, weight_gradient
+from dsv3.kernels.scaled_warpgroups_hopper import ROWS, Tuning
 from dsv3.kernels.tuning import rounded_up, tuned
 
 NARROW, WIDE = Tuning(width=128, stages=6), Tuning(width=192, stages=5)

@@ -1,4 +1,4 @@
-"""The check of products to the bit: what the model gives passes, exact sums and lost NaNs do not, whatever the inputs."""
+"""The check of products to the bit: what the model gives passes; exact sums and lost NaNs do not."""
 
 import jax
 import jax.numpy as jnp

@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.kernels import attention_backward_hopper, attention_hopper, fp8_hopper, scaled_products_hopper
 from dsv3.kernels.attention import causal_attention
-from dsv3.kernels.scaled_dot_hopper import Tuning
+from dsv3.kernels.scaled_warpgroups_hopper import Tuning
 from experiments import benchmark_attention, benchmark_tunables
 from experiments.benchmark_table import distance
 from experiments.benchmark_tunables import PRODUCTS, SHARED_BYTES, TUNABLES, cost, product_candidates, shared_bytes

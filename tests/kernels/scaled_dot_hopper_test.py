@@ -12,8 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config import UserError
 from dsv3.kernels.scaled import Blocks, Tiles
-from dsv3.kernels.scaled_dot_hopper import Tuning, _in_flight, rows_times_blocks, weight_gradient
+from dsv3.kernels.scaled_dot_hopper import rows_times_blocks, weight_gradient
 from dsv3.kernels.scaled_products_hopper import default_tuning
+from dsv3.kernels.scaled_warpgroups_hopper import Tuning, _in_flight
 from dsv3.quant.formats import E4M3
 from dsv3.quant.tiles import ALONG_ROWS, BLOCK, dequantize, quantize
 
