@@ -49,7 +49,7 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("tuning", [
     Tuning(128, 4, None, 8), Tuning(128, 4, "a", 8), Tuning(128, 5, "b", 1), Tuning(192, 3, None, 8),
     Tuning(192, 3, "a", 2)], ids=str)
@@ -123,6 +123,20 @@ def test_the_fewest_stages_and_any_number_of_steps_come_to_an_end(pair, steps_E)
     for e, (start, steps) in enumerate(zip(start_E, steps_E, strict=True)):
         of_e = slice(start, start + 128 * steps)
         assert_close(actual[e], a_numbers[:, of_e] @ b_numbers[:, of_e].T)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", [Tuning(128, 3, None, 8), Tuning(192, 3, None, 8)], ids=str)
+def test_steps_that_a_tile_does_not_have_leave_nothing_in_it(tuning):
+    """Tiles with fewer steps than their first products take those of the next expert's tokens, here NaN."""
+    rng = np.random.default_rng(6)
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 128, 384), tiles(rng, 128, 384)
+    a = a._replace(values=a.values.at[:, 128:].set(jnp.nan))
+    start_E, steps_E = jnp.asarray([0, 128, 128], jnp.int32), jnp.asarray([1, 0, 2], jnp.int32)
+    actual = run(weight_gradient, a, b, start_E, steps_E, tuning)
+    assert_close(actual[0], a_numbers[:, :128] @ b_numbers[:, :128].T)
+    np.testing.assert_array_equal(actual[1], 0)
+    assert np.isnan(actual[2]).all()
 
 
 @pytest.mark.parametrize("pieces", range(1, 12))
