@@ -1,7 +1,22 @@
-"""The report's recipe for the projection after attention, as the quantisers read it."""
+"""The report's recipe for the projection after attention, as the quantisers read it, and what an operand shows."""
 
 from dataclasses import replace
 from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3.quant import tiles
+from dsv3.quant.formats import format_of
+
+LAYOUT = {"inner": tiles.ALONG_ROWS, "block": tiles.BLOCK, "tensor": tiles.TENSOR}
+
+
+def seen(x, operand):
+    """`x` as an operand shows it, in float64; tiles along the last axis."""
+    fmt, tile = format_of(operand.format), LAYOUT[operand.tile]
+    quantized = tiles.quantize(jnp.asarray(x, jnp.float32), fmt, tile, power_of_two=operand.power_of_two)
+    return np.asarray(tiles.dequantize(quantized, fmt, tile, x.shape[-1]), np.float64)
 
 
 class Operand(NamedTuple):

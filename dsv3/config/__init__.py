@@ -46,8 +46,6 @@ class Config(Node):
         for layers in recipe.layers if recipe else ():
             require(layers.last < n_layers, f"quant.layers reaches layer {layers.last}; the model and its MTP modules "
                     f"have {n_layers}")
-            require(self.train.numerics_every is None, "train.numerics_every watches a recipe that is the same in all "
-                    "layers, and quant.layers is not empty; set one of them to none")
         require(self.model.mtp.depth < self.train.seq_len,
                 f"model.mtp.depth {self.model.mtp.depth} leaves no position of train.seq_len {self.train.seq_len}")
         require(self.data.tokenizer != "bpe" or self.data.bpe_vocab_size <= self.model.vocab_size,

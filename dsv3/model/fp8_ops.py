@@ -28,7 +28,7 @@ from dsv3.kernels.quantized_dot import (
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, whole
 from dsv3.kernels.swiglu import swiglu
 from dsv3.model import fp8_feed_forward
-from dsv3.model.ops import ExpertWeights, Ops, reference_ops
+from dsv3.model.ops import ExpertWeights, Ops, bundles_of_layers, reference_ops
 
 
 class Recipe(NamedTuple):
@@ -49,16 +49,9 @@ def fp8_ops(quant: QuantConfig, kernels: Kernels = REFERENCE, base: Ops | None =
     recipe = Recipe(quant, kernels, base or reference_ops())
     functions = {"linear": linear, "norm_linear": norm_linear, "attention_linear": attention_linear, "mlp": mlp,
                  "moe": moe}
-    return Ops(norm=recipe.base.norm, loss=recipe.base.loss, layers=_of_layers(recipe),
+    layers = bundles_of_layers(quant, lambda quant: fp8_ops(quant, kernels, recipe.base))
+    return Ops(norm=recipe.base.norm, loss=recipe.base.loss, layers=layers,
                **{name: partial(function, recipe) for name, function in functions.items()})
-
-
-def _of_layers(recipe: Recipe) -> tuple[Ops, ...]:
-    """A bundle for every layer up to the last that the recipe names; layers alike have the same."""
-    numbers = range(1 + max((layers.last for layers in recipe.quant.layers), default=-1))
-    quants = [recipe.quant.of_layer(number) for number in numbers]
-    bundles = {quant: fp8_ops(quant, recipe.kernels, recipe.base) for quant in quants}
-    return tuple(bundles[quant] for quant in quants)
 
 
 def linear(recipe: Recipe, site: str, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from dsv3.config import QuantConfig
 from dsv3.kernels.attention import Heads, rotary_attention
 from dsv3.kernels.cross_entropy import cross_entropy
 from dsv3.kernels.dot import dot
@@ -70,6 +71,14 @@ class Ops:
         """Neighbouring layers with one bundle among `length` from `first` on; slices count from `first`."""
         found = [(ops, list(run)) for ops, run in groupby(range(length), lambda index: self.of_layer(first + index))]
         return [(ops, slice(run[0], run[-1] + 1)) for ops, run in found]
+
+
+def bundles_of_layers(quant: QuantConfig, build: Callable[[QuantConfig], Ops]) -> tuple[Ops, ...]:
+    """`build` of every layer's own recipe, up to the last layer that `quant` names; layers alike have one bundle."""
+    numbers = range(1 + max((layers.last for layers in quant.layers), default=-1))
+    quants = [quant.of_layer(number) for number in numbers]
+    bundles = {own: build(own) for own in quants}
+    return tuple(bundles[own] for own in quants)
 
 
 def linear(site: str, x: jax.Array, w: jax.Array) -> jax.Array:

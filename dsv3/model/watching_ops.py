@@ -22,7 +22,7 @@ from dsv3.kernels.quantized_dot import fp8_grouped_dot, quantized_dot
 from dsv3.kernels.swiglu import swiglu
 from dsv3.kernels.watched import watched
 from dsv3.model import ops
-from dsv3.model.ops import Ops
+from dsv3.model.ops import Ops, bundles_of_layers
 from dsv3.quant.monitor import Statistics, observe_product
 
 SITES = {
@@ -52,7 +52,8 @@ def _observe(rule: Any, x: jax.Array, w: jax.Array, d_y: jax.Array) -> dict[str,
 def watching_ops(
     recipe: QuantConfig, *, quantized: bool, attention: Callable = rotary_attention, loss_chunk: int = 1024,
 ) -> Ops:
-    """Every product of a model, watched for what the formats of `recipe` do to it; sites without a rule are left out.
+    """Every product of a model, watched for what the formats of `recipe` in its layer do to it; sites without a rule
+    are left out.
 
     `quantized`: products compute by the recipe, so the tensors are those of a run with it; otherwise they compute in
     the model's dtype, and the figures say what the recipe would do to a run without it.
@@ -91,5 +92,7 @@ def watching_ops(
         each = lambda rows_JD, sizes_E, w, block: grouped(next(sites), rows_JD, sizes_E, w)
         return ops.moe(h_TD, topk_TK, weights_TK, weights, row_block=ROW_BLOCK, grouped_dot=each, keep_rows=True)
 
+    layers = bundles_of_layers(recipe, partial(
+        watching_ops, quantized=quantized, attention=attention, loss_chunk=loss_chunk))
     return Ops(norm=rms_norm, linear=linear, norm_linear=norm_linear, attention_linear=attention_linear, mlp=mlp,
-               moe=moe, loss=partial(cross_entropy, chunk=loss_chunk))
+               moe=moe, loss=partial(cross_entropy, chunk=loss_chunk), layers=layers)

@@ -133,12 +133,10 @@ def test_layers_that_a_model_does_not_have_are_refused():
     of = lambda last: replace(FP8, layers=(Layers(first=0, last=last, sites=(free,)),))
     tiny = load_config("configs/tiny.py", [])
     n_layers = tiny.model.n_layers + tiny.model.mtp.depth
-    named = replace(tiny, quant=of(n_layers - 1), train=replace(tiny.train, numerics_every=None))
+    named = replace(tiny, quant=of(n_layers - 1))
     assert from_dict(type(tiny), json.loads(json.dumps(to_dict(named)))) == named
     with pytest.raises(UserError, match=f"quant.layers reaches layer {n_layers}; .* have {n_layers}"):
         replace(named, quant=of(n_layers))
-    with pytest.raises(UserError, match="numerics_every watches a recipe that is the same in all"):
-        replace(named, train=replace(tiny.train, numerics_every=10))
 
 
 def test_later_promotion_where_scales_do_not_change():

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import distance
-from tiny_recipe import motley
+from tiny_recipe import motley, seen
 
 from dsv3.config import UserError, resolve
 from dsv3.kernels.grouped_dot import block_experts, block_starts, padded_rows
 from dsv3.kernels.quantized_dot import fp8_dot_general, fp8_grouped_dot, quantized_dot
-from dsv3.quant import tiles
-from dsv3.quant.formats import format_of
 
 RULE = resolve("fp8").default
 RULES = {
@@ -29,14 +27,6 @@ RULES = {
     "no two alike, otherwise": motley(RULE, 1),
 }
 M, K, N = 70, 200, 136
-LAYOUT = {"inner": tiles.ALONG_ROWS, "block": tiles.BLOCK, "tensor": tiles.TENSOR}
-
-
-def seen(x, operand):
-    """`x` as an operand shows it, in float64; tiles along the last axis."""
-    fmt, tile = format_of(operand.format), LAYOUT[operand.tile]
-    quantized = tiles.quantize(jnp.asarray(x, jnp.float32), fmt, tile, power_of_two=operand.power_of_two)
-    return np.asarray(tiles.dequantize(quantized, fmt, tile, x.shape[-1]), np.float64)
 
 
 def three_products(x, w, d_y, rule):

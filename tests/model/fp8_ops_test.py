@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import FAMILY, distance, random_batch, random_variables
-from tiny_recipe import motley
+from tiny_recipe import motley, seen
 
 from dsv3.config import Site, UserError, resolve
 from dsv3.config.quant import change_all
@@ -24,21 +24,11 @@ from dsv3.model.ops import ExpertWeights, reference_ops
 from dsv3.model.transformer import Transformer
 from dsv3.parallel import ops as parallel
 from dsv3.parallel.ops import make_ops, text_ops
-from dsv3.quant import tiles
-from dsv3.quant.formats import format_of
 
 FP8 = resolve("fp8")
-LAYOUT = {"inner": tiles.ALONG_ROWS, "block": tiles.BLOCK, "tensor": tiles.TENSOR}
 MOTLEY = replace(FP8, sites=(Site(pattern="*.gate_up", rule=motley(FP8.default)),
                              Site(pattern="*.down", rule=motley(FP8.default, 1))))
 T, D, F, E, K = 40, 72, 48, 5, 2
-
-
-def seen(x, operand):
-    """`x` as an operand shows it; tiles along the last axis."""
-    fmt, tile = format_of(operand.format), LAYOUT[operand.tile]
-    quantized = tiles.quantize(jnp.asarray(x, jnp.float32), fmt, tile, power_of_two=operand.power_of_two)
-    return np.asarray(tiles.dequantize(quantized, fmt, tile, x.shape[-1]), np.float64)
 
 
 def swiglu_and_gradient(gate_up, d_h):

@@ -24,7 +24,7 @@ from tiny_models import (
     transformer,
 )
 
-from dsv3.config import Operand, QuantConfig, Site, UserError
+from dsv3.config import Layers, Operand, QuantConfig, Site, UserError
 from dsv3.config.quant import RECIPES, SITES
 from dsv3.kernels.attention import Heads, rotary_attention
 from dsv3.kernels.dot import dot
@@ -71,7 +71,7 @@ def batches(config, rows=2, n_micro=1):
 def records_of(config, quant=EVERYWHERE, n_devices=1, quantized=False, **batch):
     variables = random_variables(config)
     recipe = recipe_of(watching(config, quant, quantized), TRAIN, n_devices)
-    return numerics(recipe, variables["params"], variables["routing"], batches(config, **batch), KNOBS)
+    return numerics(recipe, variables["params"], variables.get("routing", {}), batches(config, **batch), KNOBS)
 
 
 def by_name(records):
@@ -231,6 +231,44 @@ def test_a_site_without_a_rule_has_no_record_and_a_recipe_shows(o_records):
             assert ratio < {"dgrad_dy": 0.8, "wgrad_x": 0.2}[name[2]], name
         else:
             assert ratio == 1
+
+
+@pytest.mark.slow
+def test_every_layer_is_measured_by_its_own_rules(monkeypatch):
+    """One of two MoE layers under one scan has no rule, and only the MTP module has its inputs in another format."""
+    def formats(rule, x, w, d_y):
+        """In place of an error, the bits of the format's mantissa."""
+        bits = {"e4m3": 3.0, "e5m2": 2.0, "e5m6": 6.0}
+        return {name: zero_statistics()._replace(
+            elements=jnp.float32(1), square=jnp.float32(1), error_square=bits[getattr(rule, name).format] ** 2)
+            for name in OPERANDS}
+
+    monkeypatch.setattr(watching_ops_module, "observe_product", formats)
+    fine = dataclasses.replace(RULE, fprop_x=Operand(format="e5m6", tile="inner", power_of_two=False))
+    layers = (Layers(first=1, last=1, sites=(Site(pattern="*", rule=None),)),
+              Layers(first=3, last=3, sites=(Site(pattern="attn.*", rule=fine),)))
+    quant = dataclasses.replace(EVERYWHERE, layers=layers)
+    found = by_name(records_of(CONFIG, quant))
+    everywhere = by_name(records_of(CONFIG))
+    assert found.keys() == {name for name in everywhere if name[0] != "moe_layers.0"}
+    numbers = {"dense_layers.0": 0, "moe_layers.1": 2, "mtp_0": 3}
+    for (layer, site, operand), record in found.items():
+        rule = quant.of_layer(numbers[layer]).rule_of(site)
+        assert record["error"] == {"e4m3": 3, "e5m2": 2, "e5m6": 6}[getattr(rule, operand).format]
+    assert found["mtp_0", "attn.o", "fprop_x"]["error"] == 6 != found["mtp_0", "shared.down", "fprop_x"]["error"]
+
+
+@pytest.mark.slow
+def test_layers_with_the_rules_they_had_are_measured_as_before(quick):
+    """Of the tensors of a quantised run, with the scan cut in two."""
+    config = model_config(n_layers=2, n_dense_layers=2, mtp=dict(depth=0))
+    quant, same = only(COARSE, "attn.*"), Layers(first=1, last=1, sites=(Site(pattern="attn.q_a", rule=COARSE),))
+    cut = dataclasses.replace(quant, layers=(same,))
+    assert len(watching_ops(cut, quantized=True).alike(0, 2)) == 2
+    one, other = (by_name(records_of(config, recipe, quantized=True)) for recipe in (quant, cut))
+    assert one.keys() == other.keys() and len(one) == 2 * 5 * len(OPERANDS)
+    for name in one:
+        np.testing.assert_allclose(other[name]["error"], one[name]["error"], rtol=1e-4, err_msg=str(name))
 
 
 def test_watching_changes_neither_the_losses_nor_any_other_gradient(quick):
