@@ -177,8 +177,8 @@ STREAMS = {
     "both": (SQUARE, TOKENS[1], TWO_FORMS),
     "requantise": (SQUARE, TOKENS[1], (
         (1, 2, 1), (1, 3, 1), (2, 2, 1), (1, 2, 2), (1, 3, 2), (2, 2, 2), (3, 2, 2), (4, 1, 2))),
-    "pack": (SQUARE, (16_384, 16_384), ((2, 2, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1))),
-    "unpack": (SQUARE, (16_384, 16_384), ((2, 2, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1))),
+    "pack": (SQUARE, (16_384, 16_384), ((2, 2, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1), (3, 1, 2), (4, 1, 2))),
+    "unpack": (SQUARE, (16_384, 16_384), ((2, 2, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1), (3, 1, 2), (4, 1, 2))),
     "norm alone": (((7168,), (1536,), (512,)), TOKENS[1][:1], ((2, 2, 1), (2, 1, 1), (3, 2, 1), (2, 3, 1))),
     "weights": (SQUARE, (8, 7168, 4096), ((1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 1, 2))),
     "norm": (((7168,), (1536,), (512,)), TOKENS[1][:1], (
@@ -191,7 +191,8 @@ STREAMS = {
         (2, 2, 1024), (2, 4, 1024), (3, 4, 1024), (4, 3, 1024), (3, 2, 1024), (2, 2, 2048), (2, 1, 3584),
         (4, 4, 512), (6, 4, 512), (2, 6, 1024))),
 }
-"""Of `FORMS`: entries of the table, the shape that is measured (of norms its rows), and (stages, blocks, split)."""
+"""Of `FORMS`: entries of the table, the shape that is measured (of norms its rows), and (stages, blocks, split). Where
+there are more than two stages, warpgroups may also be one tile behind."""
 
 
 def stream(name: str) -> Tunable:
@@ -205,7 +206,9 @@ def stream(name: str) -> Tunable:
     def inputs(entry: tuple[int, ...], seed: int) -> tuple:
         return form.inputs(seed, *measured, *(entry if name.startswith("norm") else ()))
 
-    candidates = list(dict.fromkeys([fast.default, *(Streaming(*setting) for setting in settings)]))
+    found = [fast.default, *(Streaming(*setting) for setting in settings)]
+    found += [streaming._replace(behind=1) for streaming in found if streaming.stages > 2]
+    candidates = list(dict.fromkeys(found))
     return Tunable(form.function, entries, lambda entry: candidates, make, inputs,
                    partial(form.call, getattr(REFERENCE, form.function)))
 

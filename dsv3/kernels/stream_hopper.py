@@ -15,17 +15,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3.config import require
+
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernels are right, only less evenly spread."""
 
 
 class Streaming(NamedTuple):
-    """What is tuned: tiles in flight in a thread block, thread blocks on a multiprocessor, warpgroups to one output."""
+    """What is tuned: tiles in flight in a thread block, thread blocks on a multiprocessor, warpgroups to one output.
+
+    `behind`: tiles that other warpgroups may be behind the first one, which waits for them before it fills a slot anew;
+    as many tiles fewer are in flight.
+    """
 
     stages: int
     blocks: int
     split: int
     multiprocessors: int = MULTIPROCESSORS
+    behind: int = 0
 
 
 class Piece(NamedTuple):
@@ -93,7 +100,8 @@ def stream(
     exponential, good to about 1e-6, which is seven instructions shorter. With a `carry`, `work` returns the next one.
     """
     tall, wide = tiles
-    stages, n_blocks = settings.stages, blocks_for(tall * wide, settings)
+    stages, behind, n_blocks = settings.stages, settings.behind, blocks_for(tall * wide, settings)
+    require(0 <= behind < stages, f"{settings} would wait for ever: `behind` must be less than `stages`")
 
     def kernel(*refs):
         inputs, outputs = refs[:len(arguments)], refs[len(arguments):]
@@ -135,15 +143,16 @@ def stream(
                 now = Step(group, *place(step), met, inputs, lasting, kept)
                 left = work(now, [room.at[slot] for room in slots], staged, outputs)
                 plgpu.barrier_arrive(empty.at[slot])
-
-                @pl.when(group == 0)
-                def _():
-                    plgpu.barrier_wait(empty.at[slot])
-                    pl.when(step + stages < steps)(partial(load, step + stages))
-
+                pl.when(lax.bitwise_and(group == 0, step >= behind))(partial(refill, step - behind))
                 return kept if carry is NOTHING else left
 
+            def refill(step):
+                plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
+                pl.when(step + stages < steps)(partial(load, step + stages))
+
             carry.finish(block, group, lax.fori_loop(jnp.int32(0), steps, one_tile, carry.start()), outputs)
+            for last in range(behind, 0, -1):  # no barrier is left with an arrival that nobody saw
+                pl.when(lax.bitwise_and(group == 0, steps >= last))(partial(refill, steps - last))
             plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
     return plgpu.kernel(

@@ -13,6 +13,7 @@ from hopper_kernels import E4M3, OPERANDS, assert_same, interpreted, name_of, nu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3.config import UserError
 from dsv3.kernels.quantize_hopper import quantize_both, quantize_columns, quantize_rows, refusal, requantize_columns
 from dsv3.kernels.scaled import Tiles
 from dsv3.kernels.stream_hopper import Streaming
@@ -20,7 +21,8 @@ from dsv3.kernels.tile_hopper import reciprocal, repaired
 from dsv3.quant.formats import format_of
 from dsv3.quant.tiles import quantize
 
-SMALL = {"one stage": Streaming(1, 1, 1, 2), "two stages": Streaming(2, 1, 2, 2), "one block": Streaming(3, 1, 1, 1)}
+SMALL = {"one stage": Streaming(1, 1, 1, 2), "two stages": Streaming(2, 1, 2, 2), "one block": Streaming(3, 1, 1, 1),
+         "one behind": Streaming(2, 1, 2, 1, behind=1), "two behind": Streaming(3, 1, 2, 4, behind=2)}
 
 
 @pytest.mark.parametrize("operand", [E4M3, OPERANDS[5], *slow(*OPERANDS[1:5])], ids=name_of)
@@ -54,6 +56,11 @@ def test_ragged_shapes_are_padded_with_zeros_of_scale_one(m, k):
     assert_same(rows, reference(x_MK, E4M3))
     assert_same(columns, reference(x_MK.T, E4M3))
     np.testing.assert_array_equal(rows.scales[:, m:], 1)
+
+
+def test_streaming_that_would_wait_for_ever_is_refused():
+    with pytest.raises(UserError, match="`behind` must be less than `stages`"):
+        quantize_rows(jnp.ones((128, 128), jnp.bfloat16), E4M3, Streaming(2, 1, 1, 1, behind=2))
 
 
 def test_refusals_name_the_reason():
