@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import chex
@@ -33,6 +34,7 @@ def description(tmp_path_factory):
     return Description(small_config(tmp_path_factory.mktemp("text")), '{"a tokenizer": 1}', {"tokens.npy": "sha"})
 
 
+@cache
 def checkpoint_at(step, mesh=None):
     """A state whose every array depends on `step`, on a mesh, with a moving average."""
     state = train_state(random_variables(MODEL, seed=step), TRAIN)._replace(step=jnp.int32(step))
@@ -51,10 +53,14 @@ def saved(tmp_path_factory, description):
     return workdir
 
 
+@cache
+def abstract(n_devices=1):
+    return abstract_state(recipe_of(transformer(MODEL), TRAIN, n_devices))
+
+
 def restore(workdir, n_devices=1, check=ANY, ema=True):
-    abstract = abstract_state(recipe_of(transformer(MODEL), TRAIN, n_devices))
     with Checkpoints(workdir, keep=3) as checkpoints:
-        return checkpoints.restore(abstract, check, ema=ema)
+        return checkpoints.restore(abstract(n_devices), check, ema=ema)
 
 
 def assert_is(restored, step, description):
@@ -141,11 +147,10 @@ def test_generation_reads_weights_or_average_and_moves_nothing(saved, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     shutil.rmtree(run / "checkpoints" / "2" / "ema")
-    abstract = abstract_state(recipe_of(transformer(MODEL), TRAIN))
     with Checkpoints(run) as checkpoints:
-        variables, _ = checkpoints.restore_variables(abstract, ema=False)
+        variables, _ = checkpoints.restore_variables(abstract(), ema=False)
         chex.assert_trees_all_equal(variables["params"], checkpoint_at(2).state.params)
-        averaged, _ = checkpoints.restore_variables(abstract, ema=True)
+        averaged, _ = checkpoints.restore_variables(abstract(), ema=True)
         chex.assert_trees_all_equal(averaged["params"], checkpoint_at(1).state.params)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"1", "2"}
 
