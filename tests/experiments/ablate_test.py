@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 from processes import ROOT, environment, started, wait_until
-from small_runs import SMALL, read_lines, write_corpus
+from small_runs import ONE_LAYER, SMALL, read_lines, write_corpus
 
 from experiments.launch import MISTAKE
 
@@ -29,9 +29,9 @@ NOISE = "base, other order"
 
 
 def get_config():
-    return override(tiny(), {SMALL | {"train.steps": "12", "train.warmup_steps": "2", "train.ema": "None",
-                                      "train.eval_every": "12", "train.checkpoint_every": "12", "model.n_layers": "1",
-                                      "model.n_dense_layers": "0", "model.mtp.depth": "0"}})
+    return override(tiny(), {SMALL | ONE_LAYER | {
+        "train.steps": "12", "train.warmup_steps": "2", "train.ema": "None", "train.eval_every": "12",
+        "train.checkpoint_every": "12"}})
 """
 
 

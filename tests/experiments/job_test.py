@@ -9,15 +9,15 @@ import jax
 import numpy as np
 import pytest
 from processes import alive, launch_local, started, wait_until
-from small_runs import read_lines, small_config, small_overrides, write_corpus
+from small_runs import ONE_LAYER, read_lines, small_config, small_overrides, write_corpus
 from tiny_models import distance
 
 from dsv3.model.ops import reference_ops
 from dsv3.train.loop import train
 
-JOB = {"model.n_layers": "1", "model.n_dense_layers": "0", "model.mtp.depth": "0", "mesh.data": "4",
-       "train.micro_batch_size": "1", "train.steps": "100000", "train.checkpoint_every": "5",
-       "train.log_every": "1", "train.eval_every": "100000", "train.guard.replica_check_every": "4"}
+JOB = ONE_LAYER | {
+    "mesh.data": "4", "train.micro_batch_size": "1", "train.steps": "100000", "train.checkpoint_every": "5",
+    "train.log_every": "1", "train.eval_every": "100000", "train.guard.replica_check_every": "4"}
 
 
 def children(pid):
