@@ -1,4 +1,4 @@
-"""A training job of two real processes, with two devices each: one is killed, the job restarts, is told to stop, and goes on elsewhere."""
+"""A job of two real processes with two devices each: one is killed, it restarts, is told to stop, goes on elsewhere."""
 
 import os
 import signal
