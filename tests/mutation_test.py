@@ -147,7 +147,8 @@ def test_the_suite_notices(mutation, copy):
     path.write_text(source.replace(mutation.before, mutation.after))
     try:
         process = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n0", *mutation.noticed_by.split()],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n0", "--assert=plain",
+             *mutation.noticed_by.split()],
             cwd=copy, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONPATH": str(copy)})
     finally:
         path.write_text(source)

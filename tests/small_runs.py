@@ -19,6 +19,9 @@ SMALL = {
     "train.steps": "6", "train.log_every": "2", "train.eval_every": "4", "train.checkpoint_every": "3",
 }
 
+ONE_LAYER = {"model.n_layers": "1", "model.n_dense_layers": "0", "model.mtp.depth": "0"}
+"""Added to `SMALL`: half the compilation, for what does not depend on the model."""
+
 
 def write_corpus(directory: Path, files: int = 24) -> Path:
     """Small functions over random names, so that there is something to learn."""

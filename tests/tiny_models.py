@@ -1,6 +1,7 @@
 """Models small enough to check by hand, in every shape of the family, and inputs for them."""
 
 import dataclasses
+from functools import cache
 
 import flax.linen as nn
 import jax
@@ -97,10 +98,15 @@ def transformer(config: ModelConfig) -> Transformer:
     return Transformer(config, reference_ops(row_block=4, loss_chunk=8))
 
 
+@cache
+def variable_shapes(config: ModelConfig) -> dict:
+    """Of a model's variables: traced once, as many tests draw variables of one model."""
+    return nn.unbox(jax.eval_shape(transformer(config).init, jax.random.key(0), random_batch(config)))
+
+
 def random_variables(config: ModelConfig, seed: int = 0) -> dict:
     """Variables drawn with NumPy (nothing to compile), norm gains and selection biases away from trivial values."""
-    shapes = nn.unbox(jax.eval_shape(transformer(config).init, jax.random.key(0), random_batch(config)))
-    leaves, tree = jax.tree.flatten_with_path(shapes)
+    leaves, tree = jax.tree.flatten_with_path(variable_shapes(config))
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

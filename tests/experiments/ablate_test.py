@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 from processes import ROOT, environment, started, wait_until
-from small_runs import SMALL, read_lines, write_corpus
+from small_runs import ONE_LAYER, SMALL, read_lines, write_corpus
 
 from experiments.launch import MISTAKE
 
@@ -29,11 +29,10 @@ NOISE = "base, other order"
 
 
 def get_config():
-    return override(tiny(), {SMALL | {"train.steps": "12", "train.warmup_steps": "2", "train.ema": "None",
-                                      "train.eval_every": "12", "train.checkpoint_every": "12", "model.n_layers": "1",
-                                      "model.n_dense_layers": "0", "model.mtp.depth": "0"}})
+    return override(tiny(), {SMALL | ONE_LAYER | {
+        "train.steps": "12", "train.warmup_steps": "2", "train.ema": "None", "train.eval_every": "12",
+        "train.checkpoint_every": "12"}})
 """
-SMALL_COMPILER = dict(XLA_FLAGS="--xla_backend_optimization_level=0")
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ def command(*arguments):
 
 
 def run(*arguments, timeout=240):
-    return subprocess.run(command(*arguments), cwd=ROOT, env=environment(**SMALL_COMPILER), capture_output=True,
+    return subprocess.run(command(*arguments), cwd=ROOT, env=environment(), capture_output=True,
                           text=True, timeout=timeout)
 
 
@@ -124,7 +123,7 @@ def test_processes_that_start_at_once_prepare_the_data_once(arguments, tmp_path)
 def test_ctrl_c_lets_runs_save_and_the_same_command_continues(arguments, tmp_path):
     run_0 = tmp_path / "runs" / "base-0"
     endless = command(*arguments, "--only=base", "--jobs=1", "--config.train.steps=100000")
-    with started(endless, tmp_path / "output", **SMALL_COMPILER) as pool:
+    with started(endless, tmp_path / "output") as pool:
         wait_until(lambda: (run_0 / "metrics.jsonl").exists() and (run_0 / "metrics.jsonl").stat().st_size > 0, 90,
                    "the first steps are logged")
         os.kill(pool.pid, signal.SIGINT)

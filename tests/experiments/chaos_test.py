@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 from processes import ROOT, environment
+from small_runs import ONE_LAYER
 
 from experiments.chaos import KINDS, Kill, compare, look, plan, table
 
@@ -18,8 +19,9 @@ from experiments.chaos import KINDS, Kill, compare, look, plan, table
 @pytest.mark.timeout(400)
 def test_one_kill_of_each_kind_changes_nothing(tmp_path):
     run = subprocess.run(
-        [sys.executable, "-m", "experiments.chaos", "--kills=4", f"--workdir={tmp_path / 'chaos'}"], cwd=ROOT,
-        env=environment(XLA_FLAGS="--xla_backend_optimization_level=0"), capture_output=True, text=True, timeout=380)
+        [sys.executable, "-m", "experiments.chaos", "--kills=4", f"--workdir={tmp_path / 'chaos'}",
+         *(f"--config.{name}={value}" for name, value in ONE_LAYER.items())], cwd=ROOT,
+        env=environment(), capture_output=True, text=True, timeout=380)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((tmp_path / "chaos" / "chaos.json").read_text())
     assert report["differences"] == [] and "identical, bit for bit" in run.stdout

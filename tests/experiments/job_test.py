@@ -1,4 +1,4 @@
-"""A training job of four real processes: one is killed, the job restarts, is told to stop, and goes on elsewhere."""
+"""A job of two real processes with two devices each: one is killed, it restarts, is told to stop, goes on elsewhere."""
 
 import os
 import signal
@@ -9,15 +9,15 @@ import jax
 import numpy as np
 import pytest
 from processes import alive, launch_local, started, wait_until
-from small_runs import read_lines, small_config, small_overrides, write_corpus
+from small_runs import ONE_LAYER, read_lines, small_config, small_overrides, write_corpus
 from tiny_models import distance
 
 from dsv3.model.ops import reference_ops
 from dsv3.train.loop import train
 
-JOB = {"model.n_layers": "1", "model.n_dense_layers": "0", "model.mtp.depth": "0", "mesh.data": "4",
-       "train.micro_batch_size": "1", "train.steps": "100000", "train.checkpoint_every": "5",
-       "train.log_every": "1", "train.eval_every": "100000", "train.guard.replica_check_every": "4"}
+JOB = ONE_LAYER | {
+    "mesh.data": "4", "train.micro_batch_size": "1", "train.steps": "100000", "train.checkpoint_every": "5",
+    "train.log_every": "1", "train.eval_every": "100000", "train.guard.replica_check_every": "4"}
 
 
 def children(pid):
@@ -31,19 +31,19 @@ def saved(run):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_restarted_stopped_and_continued_on_one_device(tmp_path):
-    """What four processes leave is, but for rounding, what one process with four devices computes."""
+    """What two processes leave is, but for rounding, what one process with four devices computes."""
     corpus, run, output = write_corpus(tmp_path / "text"), tmp_path / "run", tmp_path / "output"
     settings = [f"--config.{name}={value}" for name, value in small_overrides(corpus, **JOB).items()]
     command = launch_local(
-        "--processes=4", "--devices_per_process=1", "--grace_seconds=20", f"--logs={tmp_path / 'logs'}",
+        "--processes=2", "--devices_per_process=2", "--grace_seconds=20", f"--logs={tmp_path / 'logs'}",
         command=[sys.executable, "-m", "experiments.pretrain", "--config=configs/tiny.py", f"--workdir={run}",
                  *settings])
     with started(command, output, DSV3_HEARTBEAT_SECONDS="10") as supervisor:
         wait_until(lambda: saved(run), 240, "a checkpoint")
         ranks = children(supervisor.pid)
-        assert len(ranks) == 4
-        os.kill(ranks[2], signal.SIGKILL)
-        wait_until(lambda: not any(map(alive, ranks)), 30, "the other ranks end")
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        wait_until(lambda: not any(map(alive, ranks)), 30, "the other rank ends")
         first = max(saved(run))
         wait_until(lambda: max(saved(run)) > first, 240, "a checkpoint after the restart")
         os.kill(supervisor.pid, signal.SIGTERM)
@@ -56,7 +56,7 @@ def test_killed_restarted_stopped_and_continued_on_one_device(tmp_path):
     ops = reference_ops()
     config = small_config(corpus, **JOB | {"train.steps": str(steps[-1])})
     alone = train(config, tmp_path / "alone", ops).state
-    job = train(config, run, ops).state  # restores the checkpoint of the four processes; no step is left
+    job = train(config, run, ops).state  # restores the checkpoint of the two processes; no step is left
     for name in ("params", "routing"):
         ours, theirs = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(getattr(state, name))])
                         for state in (job, alone))

@@ -335,7 +335,7 @@ def trained(tmp_path_factory):
     """A run of ours, with its corpus."""
     directory = tmp_path_factory.mktemp("trained")
     config = small_config(write_corpus(directory / "text"), **{"train.steps": "2"})
-    train(config, directory / "run", reference_ops(row_block=8))
+    train(config, directory / "run", reference_ops())
     return config, directory / "run"
 
 

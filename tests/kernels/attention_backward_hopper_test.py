@@ -24,6 +24,7 @@ BOUND = 0.006
 """Of gradients, norm-wise: P and dS are rounded to bfloat16, and so is every head's part of d_k_rope."""
 
 
+@jax.jit
 def expected(inputs, segment_ids_BT, d_o_BTHU):
     """d_q with the rotary part's gradient in its place, d_kv and d_k_rope."""
     attend = lambda *parts: causal_attention(*parts, scale=SCALE, segment_ids_BT=segment_ids_BT)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_runs import read_lines, small_config, write_corpus
+from small_runs import ONE_LAYER, read_lines, small_config, write_corpus
 from tiny_models import model_config, random_batch, random_variables, recipe_of, train_config, train_state, transformer
 
 from dsv3.config import UserError
@@ -19,7 +19,7 @@ from dsv3.train.loop import train
 from dsv3.train.step import Knobs, make_train_step
 
 CONFIG = model_config(n_layers=3, n_dense_layers=1)
-ONE_LAYER = model_config(n_layers=1, n_dense_layers=0, mtp=dict(depth=0))
+SMALLEST = model_config(n_layers=1, n_dense_layers=0, mtp=dict(depth=0))
 TRAIN = train_config()
 KNOBS = Knobs(*map(np.float32, (1e-2, 0.01, 0.3, 1e-2)))
 
@@ -50,10 +50,10 @@ def broken_ops(site: str, *, backward: bool) -> Ops:
 @pytest.mark.parametrize("backward", [False, True], ids=["loss", "gradient"])
 def test_a_bad_step_changes_nothing_but_its_count(backward):
     """Also when the loss is finite and only the gradient is not; and the next good step is as if it had not been."""
-    batches = jax.tree.map(lambda a: a[None], random_batch(ONE_LAYER))
-    fresh = lambda: train_state(random_variables(ONE_LAYER), TRAIN)
-    bad = make_train_step(recipe_of(Transformer(ONE_LAYER, broken_ops("attn.o", backward=backward)), TRAIN))
-    good = make_train_step(recipe_of(transformer(ONE_LAYER), TRAIN))
+    batches = jax.tree.map(lambda a: a[None], random_batch(SMALLEST))
+    fresh = lambda: train_state(random_variables(SMALLEST), TRAIN)
+    bad = make_train_step(recipe_of(Transformer(SMALLEST, broken_ops("attn.o", backward=backward)), TRAIN))
+    good = make_train_step(recipe_of(transformer(SMALLEST), TRAIN))
     state, metrics = bad(fresh(), batches, KNOBS)
     assert np.isfinite(metrics.loss) == backward and not np.isfinite(metrics.gradient_norm)
     for before, after in zip(fresh()[1:4], state[1:4], strict=True):
@@ -137,7 +137,7 @@ def test_layers_and_micro_batches_share_their_programs():
         return ops.moe(*arguments)
 
     counted = dataclasses.replace(ops, moe=moe)
-    one, four = (Transformer(dataclasses.replace(ONE_LAYER, n_layers=n), counted) for n in (1, 4))
+    one, four = (Transformer(dataclasses.replace(SMALLEST, n_layers=n), counted) for n in (1, 4))
     variables = random_variables(four.config)
     for program in (diagnosis._outputs, diagnosis._gradients):
         program.lower(four, variables, random_batch(four.config), False)
@@ -150,7 +150,7 @@ def test_layers_and_micro_batches_share_their_programs():
 
 @pytest.mark.slow
 def test_it_needs_no_more_memory_than_a_step():
-    config = dataclasses.replace(ONE_LAYER, n_layers=5, dim=96, remat="report")
+    config = dataclasses.replace(SMALLEST, n_layers=5, dim=96, remat="report")
     variables, batch, model = random_variables(config), random_batch(config), transformer(config)
     temporary = lambda program, *inputs: program.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
     batches = jax.tree.map(lambda a: a[None], batch)
@@ -162,8 +162,9 @@ def test_it_needs_no_more_memory_than_a_step():
 @pytest.mark.slow
 def test_a_run_stops_after_a_few_in_a_row_and_keeps_its_last_good_checkpoint(tmp_path):
     corpus = write_corpus(tmp_path / "text")
-    config = small_config(corpus, **{"train.steps": "2", "train.checkpoint_every": "2", "train.log_every": "1"})
-    train(config, tmp_path / "run", reference_ops(row_block=8, loss_chunk=64))
+    config = small_config(
+        corpus, **ONE_LAYER | {"train.steps": "2", "train.checkpoint_every": "2", "train.log_every": "1"})
+    train(config, tmp_path / "run", reference_ops())
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=50))
     broken = broken_ops("experts", backward=False)
     with pytest.raises(UserError, match=r"5 steps in a row up to step 7 .* the output of moe_layers\[0\].moe"):
@@ -173,5 +174,5 @@ def test_a_run_stops_after_a_few_in_a_row_and_keeps_its_last_good_checkpoint(tmp
     assert [r["bad_steps"] for r in records] == [0, 0, 1, 2, 3, 4, 5]
     assert [r["loss_spike"] for r in records] == [False] * 2 + [True] * 5
     result = train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4)), tmp_path / "run",
-                   reference_ops(row_block=8, loss_chunk=64))
+                   reference_ops())
     assert int(result.state.step) == 4

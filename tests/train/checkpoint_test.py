@@ -6,13 +6,14 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from small_runs import small_config, write_corpus
+from small_runs import ONE_LAYER, small_config, write_corpus
 from tiny_models import mesh_of, model_config, random_variables, recipe_of, train_config, train_state, transformer
 
 from dsv3.config import UserError
@@ -33,6 +34,7 @@ def description(tmp_path_factory):
     return Description(small_config(tmp_path_factory.mktemp("text")), '{"a tokenizer": 1}', {"tokens.npy": "sha"})
 
 
+@cache
 def checkpoint_at(step, mesh=None):
     """A state whose every array depends on `step`, on a mesh, with a moving average."""
     state = train_state(random_variables(MODEL, seed=step), TRAIN)._replace(step=jnp.int32(step))
@@ -51,17 +53,22 @@ def saved(tmp_path_factory, description):
     return workdir
 
 
+@cache
+def abstract(n_devices=1):
+    return abstract_state(recipe_of(transformer(MODEL), TRAIN, n_devices))
+
+
 def restore(workdir, n_devices=1, check=ANY, ema=True):
-    abstract = abstract_state(recipe_of(transformer(MODEL), TRAIN, n_devices))
     with Checkpoints(workdir, keep=3) as checkpoints:
-        return checkpoints.restore(abstract, check, ema=ema)
+        return checkpoints.restore(abstract(n_devices), check, ema=ema)
 
 
 def assert_is(restored, step, description):
     checkpoint, found = restored
     chex.assert_trees_all_equal(jax.device_get(checkpoint.state), jax.device_get(checkpoint_at(step).state))
     chex.assert_trees_all_equal(checkpoint.ema, checkpoint_at(step).ema)
-    assert checkpoint.progress == Progress(24 * step, 2 * step) and found == description
+    assert checkpoint.progress == Progress(24 * step, 2 * step)
+    assert found == description
 
 
 def flip(path: Path, bit: int) -> None:
@@ -141,11 +148,10 @@ def test_generation_reads_weights_or_average_and_moves_nothing(saved, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     shutil.rmtree(run / "checkpoints" / "2" / "ema")
-    abstract = abstract_state(recipe_of(transformer(MODEL), TRAIN))
     with Checkpoints(run) as checkpoints:
-        variables, _ = checkpoints.restore_variables(abstract, ema=False)
+        variables, _ = checkpoints.restore_variables(abstract(), ema=False)
         chex.assert_trees_all_equal(variables["params"], checkpoint_at(2).state.params)
-        averaged, _ = checkpoints.restore_variables(abstract, ema=True)
+        averaged, _ = checkpoints.restore_variables(abstract(), ema=True)
         chex.assert_trees_all_equal(averaged["params"], checkpoint_at(1).state.params)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"1", "2"}
 
@@ -168,12 +174,12 @@ def test_a_full_disk_is_reported_and_training_goes_on(tmp_path):
 import resource, signal, sys
 sys.path[:0] = ["tests", "."]
 from pathlib import Path
-from small_runs import small_config
+from small_runs import ONE_LAYER, small_config
 from dsv3.model.ops import reference_ops
 from dsv3.train import loop
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails, as on a full disk
-config = small_config(Path({str(corpus)!r}), **{{"train.steps": "4", "train.checkpoint_every": "1"}})
+config = small_config(Path({str(corpus)!r}), **ONE_LAYER, **{{"train.steps": "4", "train.checkpoint_every": "1"}})
 class Run(loop._Run):
     def save(self, state, progress):
         self.checkpoints.wait()
@@ -183,7 +189,7 @@ class Run(loop._Run):
         self.checkpoints.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 loop._Run = Run
-result = loop.train(config, Path({str(tmp_path / "run")!r}), reference_ops(row_block=8, loss_chunk=64))
+result = loop.train(config, Path({str(tmp_path / "run")!r}), reference_ops())
 print("finished", int(result.state.step))
 """
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
@@ -194,10 +200,10 @@ print("finished", int(result.state.step))
 
 
 def test_another_model_is_refused_with_the_fields_that_differ(tmp_path):
-    config = small_config(write_corpus(tmp_path / "text"), **{"train.steps": "2"})
-    train(config, tmp_path / "run", reference_ops(row_block=8, loss_chunk=64))
+    config = small_config(write_corpus(tmp_path / "text"), **ONE_LAYER | {"train.steps": "2"})
+    train(config, tmp_path / "run", reference_ops())
     wider = dataclasses.replace(config.model, dim=32, n_layers=3)
-    with pytest.raises(UserError, match=r"model.dim: 24 != 32; model.n_layers: 2 != 3"):
+    with pytest.raises(UserError, match=r"model.dim: 24 != 32; model.n_layers: 1 != 3"):
         train(dataclasses.replace(config, model=wider), tmp_path / "run", reference_ops())
     assert (tmp_path / "run" / "checkpoints" / "2").exists()
     assert not (tmp_path / "run" / "damaged").exists()

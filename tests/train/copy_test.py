@@ -41,7 +41,7 @@ def test_the_model_learns_to_copy_repeated_random_strings():
     state = make_init(recipe_of(model, TRAIN))(0)
     step = make_train_step(recipe_of(model, TRAIN))
     knobs = Knobs(*map(jnp.float32, (3e-3, 0.01, 0.3, 1e-4)))
-    for _ in range(500):
+    for _ in range(400):
         batch, _ = repeated_strings(rng)
         state, _ = step(state, jax.tree.map(lambda a: a[None], batch), knobs)
     batch, repeats = repeated_strings(np.random.default_rng(12345))

@@ -14,7 +14,7 @@ from dsv3.model.ops import reference_ops
 from dsv3.train.loop import train
 from dsv3.train.metrics import MetricsWriter, read_metrics
 
-OPS = reference_ops(row_block=8, loss_chunk=64)
+OPS = reference_ops()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import time
 
 import chex
 import pytest
-from small_runs import read_lines, small_config, small_overrides, write_corpus
+from small_runs import ONE_LAYER, read_lines, small_config, small_overrides, write_corpus
 
 from dsv3.model.ops import reference_ops
 from dsv3.train.loop import train
@@ -17,7 +17,7 @@ from dsv3.train.loop import train
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_well(number, tmp_path):
     corpus = write_corpus(tmp_path / "text")
-    overrides = {"train.steps": "100000", "train.checkpoint_every": "100000", "train.log_every": "1"}
+    overrides = ONE_LAYER | {"train.steps": "100000", "train.checkpoint_every": "100000", "train.log_every": "1"}
     command = [sys.executable, "-m", "experiments.pretrain", "--config=configs/tiny.py",
                f"--workdir={tmp_path / 'run'}",
                *(f"--config.{name}={value}" for name, value in small_overrides(corpus, **overrides).items())]
