@@ -24,6 +24,8 @@ from experiments.benchmark_table import FP8_FLOPS, Case, Contestant
 
 M, N, K = 256, 384, 1152
 """Two tiles of rows, three of columns, and an odd number of steps."""
+REPEATS = 9, 9
+"""How often an operand's rows are there, and its columns: enough for several tiles on every multiprocessor."""
 SIZES = (130, 0, 128, 1)
 """Rows of the experts of a grouped product."""
 NANS = 3
@@ -52,14 +54,14 @@ def numbers(family: str, seed: int, rows: int, columns: int) -> jax.Array:
     """What becomes an operand's codes."""
     keys = jax.random.split(jax.random.key(seed), 3)
     normal = jax.random.normal(keys[0], (rows, columns))
-    half = jnp.concatenate([normal[:, :columns // 2]] * 2, axis=1)
+    half = jnp.concatenate([normal.reshape(rows, -1, TILE)[..., :TILE // 2]] * 2, axis=2).reshape(rows, columns)
     column = jnp.arange(columns)[None]
     wide = normal * powers(keys[1], -9, 7, (rows, columns))
     return {
         "normal": normal, "positive": 448 * jnp.abs(normal) / jnp.max(jnp.abs(normal)),
         "wide": wide,
-        # Of two such operands the second half of every sum takes the first away again, but for a little.
-        "cancelling": half * jnp.where((column >= columns // 2) & (seed % 2 == 1), -1, 1),
+        # Of two such operands the second half of every tile takes the first away again.
+        "cancelling": half * jnp.where((column % TILE >= TILE // 2) & (seed % 2 == 1), -1, 1),
         "subnormal": wide if seed % 2 else jax.random.randint(keys[1], (rows, columns), -7, 8) * jnp.float32(2 ** -9),
         "zero tiles": jnp.where(column // TILE % 2 == 0, 0, normal).at[::5].set(0),
         "NaN": normal.at[jax.random.randint(keys[1], (NANS,), 0, rows),
@@ -116,15 +118,27 @@ def modelled_gradients(a: Tiles, b: Tiles, start_E: jax.Array, steps_E: jax.Arra
     return jax.lax.map(one, (start_E, steps_E))
 
 
+def repeated[T: Tiles | Blocks](operand: T, times: int) -> T:
+    """Its rows (of a matrix in blocks: n) several times over."""
+    again = lambda x, axis: jnp.concatenate([x] * times, axis)
+    if isinstance(operand, Tiles):
+        return Tiles(again(operand.values, 0), again(operand.scales, 1))
+    return Blocks(again(operand.values, -2), again(operand.scales, -2))
+
+
 def groups() -> tuple[jax.Array, jax.Array]:
     """Sizes of the experts, and the expert of every block of 128 rows."""
     sizes_E = jnp.asarray(SIZES, jnp.int32)
     return sizes_E, block_experts(sizes_E, padded_rows(sum(SIZES), len(SIZES), TILE) // TILE, TILE)
 
 
-def case(name: str, family: str, inputs: Callable, run: Callable, expected: Callable) -> Case:
-    return Case(name, family, inputs, {"Hopper": Contestant(run, expected, bound=0)}, 2 * M * N * K,
-                M * K + N * K + 4 * M * N, FP8_FLOPS)
+def case(name: str, family: str, inputs: Callable, product: Callable, expected: Callable) -> Case:
+    """`product` of the repeated operands must be the repeated product that is `expected` of the operands."""
+    down, across = REPEATS
+    run = lambda a, b, *rest: product(repeated(a, down), repeated(b, across), *rest)
+    many = lambda *inputs: jnp.tile(expected(*inputs), (down, across))
+    return Case(name, family, inputs, {"Hopper": Contestant(run, many, bound=0)}, 2 * down * M * across * N * K,
+                down * M * K + across * N * K + 4 * down * M * across * N, FP8_FLOPS)
 
 
 def family_cases(family: str, products: Products) -> list[Case]:
@@ -140,7 +154,8 @@ def family_cases(family: str, products: Products) -> list[Case]:
              lambda a, b: products.dot(a, b, jnp.bfloat16), bfloat16(modelled)),
         case("rows times experts", family,
              lambda seed: (tiles(family, ab(seed)[0], rows, K), blocks(family, ab(seed)[1], e, N, K), expert_Z),
-             lambda a, b, z: products.grouped_dot(a, b, z, jnp.bfloat16), bfloat16(modelled_groups)),
+             lambda a, b, z: products.grouped_dot(a, b, jnp.tile(z, REPEATS[0]), jnp.bfloat16),
+             bfloat16(modelled_groups)),
         case("weight gradient", family,
              lambda seed: (tiles(family, ab(seed)[0], M, K), tiles(family, ab(seed)[1], N, K)),
              products.weight_gradient, modelled),

@@ -30,7 +30,7 @@ from experiments.benchmark_tune import Tunable
 SHARED_BYTES = 227 * 1024
 """Of shared memory that a thread block may have on Hopper."""
 GRADIENT_TOKENS = 8192
-WIDTHS = {96: 7, 112: 6, 128: 6, 144: 5, 160: 5, 176: 5, 192: 5}
+WIDTHS = {96: 7, 112: 7, 128: 6, 144: 6, 160: 5, 176: 5, 192: 5}
 """Columns of a tile, and the most steps in flight that fit for it."""
 NEAR = 2
 """Widths that are tried beside the usual two, those whose tiles fill rounds of all multiprocessors best; half as many
@@ -192,7 +192,7 @@ STREAMS = {
         (4, 4, 512), (6, 4, 512), (2, 6, 1024))),
 }
 """Of `FORMS`: entries of the table, the shape that is measured (of norms its rows), and (stages, blocks, split). Where
-there are more than two stages, warpgroups may also be one tile behind."""
+several warpgroups work on a tile and there are more than two stages, they may also be one behind."""
 
 
 def stream(name: str) -> Tunable:
@@ -207,7 +207,8 @@ def stream(name: str) -> Tunable:
         return form.inputs(seed, *measured, *(entry if name.startswith("norm") else ()))
 
     found = [fast.default, *(Streaming(*setting) for setting in settings)]
-    found += [streaming._replace(behind=1) for streaming in found if streaming.stages > 2]
+    if entries == SQUARE:  # work of several warpgroups
+        found += [streaming._replace(behind=1) for streaming in found if streaming.stages > 2]
     candidates = list(dict.fromkeys(found))
     return Tunable(form.function, entries, lambda entry: candidates, make, inputs,
                    partial(form.call, getattr(REFERENCE, form.function)))

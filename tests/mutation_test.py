@@ -112,6 +112,9 @@ MUTATIONS = [
     Mutation("the gradient by blocks where it is by tiles", "kernels/quantize.py",
              '"inner": ALONG_ROWS', '"inner": BLOCK',
              "tests/kernels/scaled_test.py -k one_read"),
+    Mutation("of a multiprocessor's tiles only the last written", "kernels/scaled_warpgroups_hopper.py",
+             "lambda: write(before, finished))", "lambda: None)",
+             "tests/kernels/scaled_dot_hopper_test.py::test_one_multiprocessor_writes_the_gradient_of_every_expert"),
     Mutation("gate and up halves of released weights swapped", "interop/layout.py",
              'gate_up), lead=lead)\n        yield entry(f"{name}.up_proj.weight", (width, d), (*path, gate_up), '
              "lead=lead, offset=width)",

@@ -12,7 +12,7 @@ from dsv3.kernels.scaled_warpgroups_hopper import ROWS, Tuning
 from dsv3.kernels.tuning import rounded_up, tuned
 
 NARROW, WIDE = Tuning(width=128, stages=6), Tuning(width=192, stages=5)
-DECODING = tuple(Tuning(width, stages) for width, stages in ((16, 12), (32, 10), (64, 8), (128, 6), (192, 5)))
+DECODING = tuple(Tuning(width, stages) for width, stages in ((16, 11), (32, 10), (64, 8), (128, 6), (192, 5)))
 """For one row of tiles: the narrowest whose tiles all run at once, as all multiprocessors together read the weights."""
 WIDE_ADVANTAGE = 1.06
 """How much more a column of a narrow tile costs than one of a wide tile, which loads fewer bytes for a product."""

@@ -231,15 +231,19 @@ class Half(NamedTuple):
     def promote(self, slot: jax.Array, row: jax.Array, factors: tuple, part: jax.Array, totals: list) -> list:
         """Add the scaled partial sums to the totals, and hand the slot back as soon as nobody reads it."""
         if not self.column_scales:
-            plgpu.barrier_arrive(self.shared.empty.at[slot])
+            self.hand_back(slot)
         columns = lambda i: part[:, i * self.segment:(i + 1) * self.segment]
         totals = [total + columns(i) * scale
                   for i, (total, scale) in enumerate(zip(totals, self.scales(slot, row, factors), strict=True))]
         if self.column_scales:
-            if self.tuning.pair:  # one thread arrives for its warpgroup, on both multiprocessors: others may still read
-                plgpu.commit_smem()
-            plgpu.barrier_arrive(self.shared.empty.at[slot])
+            self.hand_back(slot)
         return totals
+
+    def hand_back(self, slot: jax.Array) -> None:
+        """Nobody of this warpgroup reads the slot any more."""
+        if self.tuning.pair:  # one warp arrives for all four, on both multiprocessors: the others may be behind
+            plgpu.commit_smem()
+        plgpu.barrier_arrive(self.shared.empty.at[slot])
 
     def counted(self, totals: list, before: list, real: jax.Array | None, step: int) -> list:
         """Totals with a step, or as before it if the tile does not have that many."""

@@ -33,6 +33,7 @@ def small(monkeypatch):
     monkeypatch.setattr(benchmark_exact, "N", TILE)
     monkeypatch.setattr(benchmark_exact, "K", 3 * TILE)
     monkeypatch.setattr(benchmark_exact, "SIZES", (130, 0, 1))
+    monkeypatch.setattr(benchmark_exact, "REPEATS", (1, 2))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -59,7 +60,7 @@ def test_the_model_is_near_the_product_of_the_decoded_operands(index):
         spans = [slice(start, start + TILE * steps) for start, steps in zip(*map(np.asarray, rest))]
         wanted = np.stack([a[:, span] @ b[:, span].T for span in spans])
         assert any(span.start == span.stop for span in spans)
-    assert np.linalg.norm(ours - wanted) < 0.004 * np.linalg.norm(wanted)
+    assert np.linalg.norm(ours - np.tile(wanted, (1, 2))) < 0.004 * np.linalg.norm(np.tile(wanted, (1, 2)))
 
 
 def test_every_family_is_what_it_says():
@@ -68,8 +69,8 @@ def test_every_family_is_what_it_says():
     assert all(np.isnan(x).any() == (family == "NaN") for family, pair in operands.items() for x in pair)
     assert (operands["positive"][0] >= 0).all() and (np.abs(operands["subnormal"][0]) < 2 ** -6).all()
     assert all((x[:, :TILE] == 0).all() and (x[::5] == 0).all() for x in operands["zero tiles"])
-    a, b = operands["cancelling"]
-    assert (a @ b.T == 0).all() and (a[:, :192] @ b[:, :192].T != 0).any()
+    a, b = (np.asarray(decoded(benchmark_exact.tiles("cancelling", seed, 256, benchmark_exact.K))) for seed in (0, 1))
+    assert (np.abs(a @ b.T) < 1e-6 * (np.abs(a) @ np.abs(b).T)).all()
     spread = np.log2(np.abs(operands["wide"][0][operands["wide"][0] != 0]))
     assert spread.max() - spread.min() > 16
 

@@ -70,6 +70,25 @@ def test_a_stream_asks_for_the_entry_that_was_swept(asked):
             assert tunable.candidates(shape)[0] == fast.default
 
 
+@pytest.mark.parametrize("kernel", PRODUCT_CALLS)
+def test_candidates_of_products_start_with_the_default(kernel, monkeypatch):
+    """Which therefore fits a multiprocessor's shared memory, also where it is for the fewest rows and columns."""
+    defaults = []
+    monkeypatch.setattr(scaled_products_hopper, "tuned", lambda kind, name, shape, default: defaults.append(default))
+    for name in ("rows_times_blocks", "weight_gradient"):
+        monkeypatch.setattr(scaled_products_hopper, name, lambda a, b, *rest: a.scales)
+    function = partial(getattr(scaled_products_hopper, kernel), kind="H100")
+    for shape in BY_NAME[kernel].shapes:
+        arrays = jax.eval_shape(lambda shape=shape: BY_NAME[kernel].inputs(shape, 0))
+        jax.eval_shape(partial(PRODUCT_CALLS[kernel], function), *arrays)
+        assert BY_NAME[kernel].candidates(shape)[0] == defaults.pop()
+
+
+def test_every_tile_of_decoding_fits():
+    assert all(shared_bytes(tuning, 2, column_scales=False) <= SHARED_BYTES
+               for tuning in scaled_products_hopper.DECODING)
+
+
 def test_every_kernel_of_training_is_swept():
     attention = {"attention_forward", "attention_backward"}
     assert set(BY_NAME) == {*fp8_hopper.FAST, *PRODUCT_CALLS, *attention} and len(BY_NAME) == len(TUNABLES)
