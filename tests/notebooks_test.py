@@ -34,8 +34,9 @@ def test_committed_with_outputs(path):
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS)
 @each_notebook
-def test_runs(path):
+def test_runs(path, monkeypatch):
     """A fresh kernel in the notebook's own directory, as Jupyter starts it; a cell that raises fails the test."""
+    monkeypatch.delenv("XLA_FLAGS")  # what is compiled fast runs slowly, and notebooks run more than they compile
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
