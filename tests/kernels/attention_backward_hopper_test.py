@@ -93,19 +93,19 @@ def test_a_position_alone_in_its_segment():
 
 @pytest.mark.slow
 def test_a_nan_stays_with_its_head_and_its_tiles():
-    """Of d_o at position 40: its own d_q, and keys up to the end of its tile. All else keeps its bits.
+    """Of d_o at position 140: its own d_q, and keys up to the end of its tile. All else keeps its bits.
 
     A product by a P of 0 is still NaN, so keys later in the same tile of 128 are lost, as the reference loses all.
     """
-    inputs = attention_inputs(1, 136, 2)
+    inputs = attention_inputs(1, 264, 2)
     d_o_BTHU = cotangent(inputs)
     clean = run(inputs, None, d_o_BTHU)
-    found = run(inputs, None, d_o_BTHU.at[0, 40, 1, 7].set(jnp.nan))
+    found = run(inputs, None, d_o_BTHU.at[0, 140, 1, 7].set(jnp.nan))
     lost_q, lost_kv = np.zeros(found[0].shape, bool), np.zeros(found[1].shape, bool)
-    lost_q[0, 40, 1], lost_kv[0, :128, 1] = True, True
+    lost_q[0, 140, 1], lost_kv[0, :256, 1] = True, True
     for got, before, lost in zip(found[:2], clean[:2], (lost_q, lost_kv), strict=True):
         got, before = np.asarray(got, np.float32), np.asarray(before, np.float32)
-        assert np.isnan(got[lost & (np.arange(got.shape[1]) <= 40)[None, :, None, None]]).any()
+        assert np.isnan(got[lost & (np.arange(got.shape[1]) <= 140)[None, :, None, None]]).any()
         np.testing.assert_array_equal(got[~lost], before[~lost])
 
 
