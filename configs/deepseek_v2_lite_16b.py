@@ -68,7 +68,8 @@ def get_config() -> Config:
             optimizer=OptimizerConfig(
                 b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, decay_norms=False, clip_norm=1.0, moment_dtype="float32",
                 stochastic_rounding=False),
-            seed=0, log_every=10, eval_every=1000, checkpoint_every=1000, keep_checkpoints=2, numerics_every=None,
+            seed=0, start_from=None, log_every=10, eval_every=1000, checkpoint_every=1000, keep_checkpoints=2,
+            numerics_every=None,
             ema=EMAConfig(decay=0.999, every=10),
             guard=GuardConfig(max_bad_steps=5, spike_window=100, spike_deviations=6.0, replica_check_every=100)),
         mesh=MeshConfig(data=1), kernels="auto", quant="bf16")

@@ -52,7 +52,7 @@ def get_config() -> Config:
             optimizer=OptimizerConfig(
                 b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, decay_norms=False, clip_norm=1.0,
                 moment_dtype="bfloat16", stochastic_rounding=False),
-            seed=0, log_every=10, eval_every=500, checkpoint_every=500, keep_checkpoints=2,
+            seed=0, start_from=None, log_every=10, eval_every=500, checkpoint_every=500, keep_checkpoints=2,
             numerics_every=None, ema=None,
             guard=GuardConfig(max_bad_steps=5, spike_window=100, spike_deviations=6.0, replica_check_every=100)),
         mesh=MeshConfig(data=1), kernels="auto", quant="bf16")

@@ -3,8 +3,9 @@
 python -m experiments.ablate --config=configs/ablation.py --workdir=runs/ablation [--seeds=0,1] [--jobs=N]
     [--only=NAME,NAME] [--summary] [--config.FIELD=VALUE]
 
-The config file lists `VARIANTS` (name -> overrides), `BASELINES` and `NOISE` (`experiments/variants.py`). Every variant
-is trained with every seed (of the weights) in WORKDIR/VARIANT-SEED; all read WORKDIR/data. Writes ablation.json,
+The config file lists `VARIANTS` (name -> overrides), `BASELINES`, `NOISE` and perhaps `START`, the variant whose end
+all others go on from (`experiments/variants.py`). Every variant is trained with every seed (of the weights) in
+WORKDIR/VARIANT-SEED; all read WORKDIR/data. Writes ablation.json,
 ablation.png and curves.json in WORKDIR of all that has finished, and prints a table. The same command continues after
 an interruption, and leaves alone what has finished or diverged; delete its directory to train it again.
 """
@@ -57,7 +58,7 @@ def prepare_once(config: Config, workdir: Path) -> None:
         prepare(config.data, config.train.seq_len, workdir / "data")
 
 
-def train_here(runs: Sequence[Run], workdir: Path) -> None:
+def train_here(runs: Sequence[Run], start: str | None, workdir: Path) -> None:
     """One after the other. A run that diverges is a result, not the end of the others."""
     bundles = {}
     for run in runs:
@@ -74,22 +75,23 @@ def train_here(runs: Sequence[Run], workdir: Path) -> None:
         except UserError as error:
             raise UserError(f"variant {run.variant!r}: {error}") from error
         else:
-            if DROP.value and is_main():
+            if DROP.value and is_main() and run.variant != start:  # later ones may still go on from it
                 shutil.rmtree(run.directory / "checkpoints")
 
 
-def train_in_jobs(runs: Sequence[Run], workdir: Path, overrides: Sequence[str]) -> bool:
+def train_in_jobs(runs: Sequence[Run], start: str | None, workdir: Path, overrides: Sequence[str]) -> bool:
     """In processes of their own, `--jobs` at a time, output in WORKDIR/VARIANT-SEED/log.txt; whether none failed."""
     command = [sys.executable, "-m", "experiments.ablate", f"--config={CONFIG.value}", f"--workdir={workdir}",
                f"--drop_checkpoints={DROP.value}", *(launch.PREFIX + text for text in overrides)]
-    tasks = [Task("data", [*command, "--only="], workdir / "log.txt")]
+    stages = [Task("data", [*command, "--only="], workdir / "log.txt")], [], []
     for run in runs:
         if not run.settled():
             run.directory.mkdir(exist_ok=True)
-            tasks.append(Task(run.directory.name, [*command, f"--seeds={run.seed}", f"--only={short(run.variant)}"],
-                              run.directory / "log.txt"))
+            stages[1 if run.variant == start else 2].append(
+                Task(run.directory.name, [*command, f"--seeds={run.seed}", f"--only={short(run.variant)}"],
+                     run.directory / "log.txt"))
     where, failed = places(JOBS.value, os.environ, gpus_here()), []
-    for some in (tasks[:1], tasks[1:]) if tasks[1:] else ():
+    for some in filter(None, stages) if any(stages[1:]) else ():
         statuses, stopped = run_pool(some, where)
         if stopped:
             raise Stopped("stopped; the same command continues")
@@ -138,11 +140,11 @@ def main(overrides: Sequence[str]) -> None:
     if not SUMMARY.value:
         workdir.mkdir(parents=True, exist_ok=True)
         if JOBS.value is not None and todo:
-            whole = train_in_jobs(todo, workdir, overrides)
+            whole = train_in_jobs(todo, comparison.start, workdir, overrides)
         else:
             if is_main():
                 prepare_once(config, workdir)
-            train_here(todo, workdir)
+            train_here(todo, comparison.start, workdir)
     if SUMMARY.value or JOBS.value is not None or is_main():  # the first two leave the GPU to others
         runs = plan(config, comparison, workdir, seeds_of(comparison, workdir, SEEDS.value))
         sum_up(runs, comparison, config.train.warmup_steps, workdir)

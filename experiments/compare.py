@@ -6,6 +6,7 @@ variant v differs from its baseline b at step t by
 
     d_t = (ema(l_v)_t - ema(l_b)_t) / ema(l_b)_t        in percent
 
+t counts from the first step of the two, which is not step 1 where both go on from another run (`train.start_from`).
 Two variants that compute the same in another order of sums are the noise to judge the others by.
 """
 
@@ -36,6 +37,18 @@ class Trained(NamedTuple):
     def settled(self) -> bool:
         """Whether there is nothing left to train."""
         return self.validation is not None or self.diverged is not None
+
+    def first(self) -> int:
+        """Number of the first step."""
+        return self.steps[0]["step"]
+
+    def good(self) -> int:
+        """How many steps came before the first of the bad ones with which it ended."""
+        return len(self.steps) if self.diverged is None else self.diverged - self.first()
+
+    def after(self, warmup: int) -> slice:
+        """Its steps after the first `warmup` ones of all training."""
+        return slice(max(0, warmup + 1 - self.first()), None)
 
     def loss(self) -> np.ndarray:
         """Of every step."""
@@ -78,8 +91,7 @@ def differences(
         for seed, run in runs.get(name, {}).items():
             baseline = runs.get(other, {}).get(seed)
             if run.settled and baseline and baseline.validation:
-                good = len(run.steps) if run.diverged is None else run.diverged - 1
-                found[name, seed] = relative_difference(run.loss()[:good], baseline.loss())
+                found[name, seed] = relative_difference(run.loss()[:run.good()], baseline.loss())
     return found
 
 
@@ -89,7 +101,7 @@ def figures(run: Trained, difference: np.ndarray | None, warmup: int) -> dict[st
 
     Of a run that diverged only where, and the differences up to there.
     """
-    after = [] if difference is None else np.abs(difference[warmup:])
+    after = [] if difference is None else np.abs(difference[run.after(warmup)])
     largest, mean, final = (float(after.max()), float(after.mean()), float(after[-1])) if len(after) else (None,) * 3
     relative = {"relative_largest": largest, "relative_mean": mean, "relative_final": final, "diverged": run.diverged}
     if run.validation is None:
@@ -143,10 +155,12 @@ def plot_comparison(
             panels["loss"].plot(tokens, smoothed(run.loss()), **style, label=None if index else name + ended)
             panels["vio"].plot(tokens, smoothed(run.max_vio().mean(axis=1)), **style)
             difference = apart.get((name, seed), np.zeros(0))
-            panels["difference"].plot(tokens[:len(difference)][warmup:], difference[warmup:], **style)
+            shown = run.after(warmup)
+            panels["difference"].plot(tokens[:len(difference)][shown], difference[shown], **style)
             if run.validation is not None:
-                largest = max(largest, np.abs(difference[warmup:]).max(initial=0.0))
-    band = [np.abs(d[warmup:]).max(initial=0.0) for (name, _), d in apart.items() if name == noise]
+                largest = max(largest, np.abs(difference[shown]).max(initial=0.0))
+    band = [np.abs(d[runs[name][seed].after(warmup)]).max(initial=0.0)
+            for (name, seed), d in apart.items() if name == noise]
     if band:
         panels["difference"].axhspan(-max(band), max(band), color="0.85", zorder=0,
                                      label=f"{noise}: at most {max(band):.3f}%")

@@ -15,23 +15,29 @@ class Comparison(NamedTuple):
     """What the file of an experiment asks to compare.
 
     variants: name -> overrides of its config; baselines: a variant -> the one to compare it with; noise: the variant
-    that differs from its baseline in rounding only, or None.
+    that differs from its baseline in rounding only, or None; start: the variant that all others go on from, or None.
     """
 
     variants: dict[str, dict[str, str]]
     baselines: dict[str, str]
     noise: str | None
+    start: str | None = None
 
     @classmethod
     def of(cls, module: ModuleType, path: str) -> "Comparison":
-        """`VARIANTS`, `BASELINES` and `NOISE` of a config file. Raises `UserError` for missing or unknown names."""
+        """`VARIANTS`, `BASELINES`, `NOISE` and, if it has one, `START` of a config file.
+
+        Raises `UserError` for missing or unknown names.
+        """
         missing = [name for name in ("VARIANTS", "BASELINES", "NOISE") if not hasattr(module, name)]
         require(not missing, f"--config={path} defines no {' and no '.join(missing)}; see configs/ablation.py")
-        comparison = cls(module.VARIANTS, module.BASELINES, module.NOISE)
+        comparison = cls(module.VARIANTS, module.BASELINES, module.NOISE, getattr(module, "START", None))
         named = {*comparison.baselines, *comparison.baselines.values()} - {*comparison.variants}
         require(not named, f"BASELINES of --config={path} names {', '.join(sorted(named))}, not among VARIANTS")
         require(comparison.noise is None or comparison.noise in comparison.baselines,
                 f"NOISE of --config={path} is {comparison.noise!r}, which has no baseline in BASELINES")
+        require(comparison.start is None or comparison.start in comparison.variants,
+                f"START of --config={path} is {comparison.start!r}, not among VARIANTS")
         return comparison
 
 
@@ -56,16 +62,21 @@ def short(name: str) -> str:
 
 
 def plan(config: Config, comparison: Comparison, workdir: Path, seeds: Sequence[str]) -> list[Run]:
-    """All runs, seed by seed. Raises `UserError` for an override that a config refuses."""
+    """All runs, seed by seed, those first that others start from. Raises `UserError` for an override that a config
+    refuses."""
     runs = []
+    directory = lambda name, seed: workdir / f"{short(name)}-{seed}"
     for seed in seeds:
         for name, changes in comparison.variants.items():
+            more = {"train.seed": seed}
+            if comparison.start not in (None, name):
+                more["train.start_from"] = str(directory(comparison.start, seed))
             try:
-                variant = override(config, changes | {"train.seed": seed})
+                variant = override(config, changes | more)
             except UserError as error:
                 raise UserError(f"variant {name!r}: {error}") from error
-            runs.append(Run(name, seed, variant, workdir / f"{short(name)}-{seed}"))
-    return runs
+            runs.append(Run(name, seed, variant, directory(name, seed)))
+    return sorted(runs, key=lambda run: run.variant != comparison.start)
 
 
 def seeds_of(comparison: Comparison, workdir: Path, seeds: Sequence[str]) -> list[str]:

@@ -53,7 +53,8 @@ def train_config(optimizer: dict = {}, guard: dict = {}, **changes) -> TrainConf
         optimizer=OptimizerConfig(**dict(
             b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, decay_norms=False, clip_norm=1.0, moment_dtype="float32",
             stochastic_rounding=False) | optimizer),
-        seed=0, log_every=1, eval_every=1, checkpoint_every=1, keep_checkpoints=1, numerics_every=None, ema=None,
+        seed=0, start_from=None, log_every=1, eval_every=1, checkpoint_every=1, keep_checkpoints=1, numerics_every=None,
+        ema=None,
         guard=GuardConfig(**dict(
             max_bad_steps=3, spike_window=10, spike_deviations=6.0, replica_check_every=1) | guard))
     return TrainConfig(**(defaults | changes))

@@ -111,7 +111,9 @@ class GuardConfig(Node):
 class TrainConfig(Node):
     """The run. `batch_size` counts sequences and is rounded down to whole multiples of `batch_increment`.
 
-    Every `numerics_every` steps (None: never) the operands of all products are measured (`train/numerics.py`).
+    `start_from` is the directory of another run, which this one goes on from: its weights, moments, routing biases,
+    step and place in the data, with this run's schedules and formats (None: new weights from `seed`). Every
+    `numerics_every` steps (None: never) the operands of all products are measured (`train/numerics.py`).
     """
 
     steps: int
@@ -126,6 +128,7 @@ class TrainConfig(Node):
     balance_alpha: float
     optimizer: OptimizerConfig
     seed: int
+    start_from: str | None
     log_every: int
     eval_every: int
     checkpoint_every: int
@@ -142,6 +145,7 @@ class TrainConfig(Node):
                 f"train.numerics_every is {self.numerics_every}; expected a positive number of steps, or None")
         require(self.balance_alpha >= 0, f"train.balance_alpha is {self.balance_alpha}; expected 0 or more")
         require(0 <= self.seed < 2**32, f"train.seed is {self.seed}; expected 0 to 2**32 - 1")
+        require(self.start_from != "", "train.start_from is empty; expected the directory of a run, or None")
         require(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}; expected 0 or more")
         for name in ("batch_size", "learning_rate", "bias_update_speed", "mtp_lambda"):
             _check_schedule(name, getattr(self, name))

@@ -12,10 +12,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dsv3.config import Config, UserError, differences, require, to_dict
+from dsv3.config import Config, UserError, require, to_dict
 from dsv3.data.loader import train_loader
 from dsv3.data.prepare import Prepared, prepare
-from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.batch import Batch
 from dsv3.model.flops import train_flops_per_token
 from dsv3.model.ops import Ops
@@ -24,6 +23,7 @@ from dsv3.parallel.distributed import barrier, is_main
 from dsv3.parallel.fingerprint import check_replicas
 from dsv3.parallel.mesh import make_mesh, on_one_device, place_like, place_local
 from dsv3.train import schedule
+from dsv3.train.beginning import check_imported, check_same_run, other_run
 from dsv3.train.checkpoint import Checkpoint, Checkpoints, Description, Progress
 from dsv3.train.diagnosis import Diverged, first_nonfinite
 from dsv3.train.ema import HostEMA, initial_average
@@ -35,13 +35,6 @@ from dsv3.train.step import Knobs, Recipe, TrainState, abstract_state, make_init
 from dsv3.train.stopping import Stopped, StopRequest
 from dsv3.train.throughput import Timer, peak_flops
 from dsv3.train.validation import Validation, make_validation
-
-MAY_CHANGE = (
-    "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.numerics_every", "train.guard", "train.ema.every", "train.ema.decay", "train.micro_batch_size", "mesh",
-    "kernels", "model.remat", "model.scan_unroll",
-)
-"""Fields that a continued run may set anew: none of them changes what a step computes, but for rounding."""
 
 
 class Profile(NamedTuple):
@@ -93,28 +86,6 @@ def open_data(config: Config, workdir: Path) -> Prepared:
     return prepared
 
 
-def check_same_run(workdir: Path, config: Config, data: dict[str, str], description: Description) -> None:
-    """Raise `UserError` unless a checkpoint's configuration (but for `MAY_CHANGE`) and data are these."""
-    changed = [line for line in differences(to_dict(description.config), to_dict(config))
-               if not line.startswith(tuple(f"{name}{end}" for name in MAY_CHANGE for end in (":", ".")))]
-    require(not changed, f"--workdir={workdir} holds a run with another configuration ({'; '.join(changed)}); "
-            "choose another workdir or the same configuration")
-    require(description.data == data, f"--workdir={workdir} holds a run that read other data than "
-            f"{workdir / 'data'} holds now; restore that directory or choose another workdir")
-
-
-def check_imported(workdir: Path, config: Config, tokenizer: Tokenizer, description: Description) -> None:
-    """Raise `UserError` unless imported weights are of this model, and their tokenizer, if they have one, is this."""
-    free = (*MAY_CHANGE, "model.dtype", "model.init_std")
-    changed = [line for line in differences(to_dict(description.config), to_dict(config))
-               if line.startswith("model.") and not line.startswith(tuple(f"{name}:" for name in free))]
-    require(not changed, f"--workdir={workdir} holds imported weights of another model ({'; '.join(changed)}); "
-            "set config.model as they need it")
-    theirs = description.tokenizer and Tokenizer.from_json(description.tokenizer)
-    require(not theirs or dict(theirs.pieces()) == dict(tokenizer.pieces()), f"--workdir={workdir} holds imported "
-            "weights that read tokens of another vocabulary; set data.tokenizer as they need it")
-
-
 def knobs_at(config: Config, step: int, tokens: int) -> Knobs:
     """The scheduled values of step `step`, which starts at `tokens` consumed tokens."""
     train = config.train
@@ -128,7 +99,7 @@ def knobs_at(config: Config, step: int, tokens: int) -> Knobs:
 def train(
     config: Config, workdir: Path, ops: Ops, profile: Profile | None = None, watching: Ops | None = None,
 ) -> Result:
-    """Train until `config.train.steps`, from the newest good checkpoint in `workdir` if it has one.
+    """Train until `config.train.steps`, from the newest good checkpoint in `workdir`, or `train.start_from`, or step 0.
 
     Writes `config.json`, `data/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `loss.png`, `expert_load.png`; with
     `train.numerics_every` also `numerics.jsonl`, measured by the bundle `watching` (`model/watching_ops.py`).
@@ -141,11 +112,12 @@ def train(
     open_workdir(workdir)
     prepared = open_data(config, workdir)
     recipe = make_recipe(Transformer(config.model, ops), config.train, config.data.segment_ids, mesh)
+    data = prepared.manifest["files"]
     check = lambda description: (
-        check_same_run(workdir, config, prepared.manifest["files"], description) if description.data
+        check_same_run(workdir, config, data, description) if description.data
         else check_imported(workdir, config, prepared.tokenizer, description))
     with Checkpoints(workdir, keep=config.train.keep_checkpoints) as checkpoints, contextlib.ExitStack() as stack:
-        start = _start(config, recipe, checkpoints, check)
+        start = _start(config, recipe, checkpoints, check, data)
         step = int(start.state.step)
         ema = start.ema and stack.enter_context(HostEMA(config.train.ema, start.ema))
         writer = stack.enter_context(MetricsWriter(workdir, step)) if is_main() else None
@@ -165,10 +137,12 @@ def train(
     return Result(state, *(run.scores or run.score(state)), prepared, run.timer.tokens_per_second())
 
 
-def _start(config: Config, recipe: Recipe, checkpoints: Checkpoints, check) -> Checkpoint:
-    """The newest good checkpoint, or step 0."""
+def _start(config: Config, recipe: Recipe, checkpoints: Checkpoints, check, data: dict[str, str]) -> Checkpoint:
+    """The newest good checkpoint of this run, or of the one that it goes on from, or step 0."""
     keeps_ema = config.train.ema is not None
     restored = checkpoints.restore(abstract_state(recipe), check, ema=keeps_ema)
+    if restored is None and config.train.start_from:
+        return other_run(config, abstract_state(recipe), data)
     if restored is not None:
         start = restored[0]
         fresh = keeps_ema and start.ema is None  # imported weights

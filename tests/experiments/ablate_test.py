@@ -142,3 +142,25 @@ def test_data_that_cannot_be_prepared_is_one_error(arguments, tmp_path):
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert failed.returncode == 1 and len(errors) == 1
     assert errors[0].startswith("error: data exited with status 2: ") and "does not exist" in errors[0]
+
+
+@pytest.mark.slow
+def test_variants_go_on_from_the_end_of_the_start(arguments, tmp_path):
+    """First the start alone, in a job of its own; its weights stay for variants that are trained later."""
+    file = tmp_path / "experiment.py"
+    more = EXPERIMENT.replace('"base": {},', '"base": {}, "begun": {"train.steps": "5"},')
+    file.write_text(more + 'START = "begun"\n')
+    early = run(*arguments, "--only=base")
+    assert early.returncode == MISTAKE and "begun-0 holds no checkpoint; train that run first" in early.stderr
+    first = run(*arguments, "--only=base,begun", "--jobs=2", "--drop_checkpoints")
+    assert first.returncode == 0, first.stderr
+    runs = tmp_path / "runs"
+    assert (runs / "begun-0" / "checkpoints" / "5").exists() and not (runs / "base-0" / "checkpoints").exists()
+    later = run(*arguments, "--only=base_other_order", "--drop_checkpoints")
+    assert later.returncode == 0, later.stderr
+    assert [line.split("  ")[0] for line in later.stdout.splitlines()[1:4]] == ["base", "begun", "base, other order"]
+    steps = {name: [line["step"] for line in read_lines(runs / f"{name}-0" / "metrics.jsonl") if "loss" in line]
+             for name in ("begun", "base", "base_other_order")}
+    assert steps == {"begun": list(range(1, 6)), "base": list(range(6, 13)), "base_other_order": list(range(6, 13))}
+    figures = json.loads((runs / "ablation.json").read_text())
+    assert 0 <= figures["base, other order"]["0"]["relative_largest"] < 0.01

@@ -50,17 +50,18 @@ def test_a_loss_that_is_larger_by_a_share_differs_by_that_share(losses, share):
     np.testing.assert_allclose(relative_difference(losses * (1 + share), losses), 100 * share, atol=1e-9)
 
 
-def write_run(directory, losses, *, bad=(), validated=True):
-    """A run of these losses by step, the steps `bad` without a finite one, as the loop would have logged them."""
+def write_run(directory, losses, *, bad=(), validated=True, first=1):
+    """A run of these losses by step from `first` on, the steps `bad` without a finite one, as the loop logs them."""
     directory.mkdir(parents=True)
     lines, streak = [], 0
-    for step, loss in enumerate(losses, start=1):
+    for step, loss in enumerate(losses, start=first):
         streak = streak + 1 if step in bad else 0
         record = {"step": step, "tokens": 64 * step, "loss": None if step in bad else float(loss), "mtp_loss": [2.0],
                   "max_vio": [1.0, 3.0, 50.0], "bad_steps_in_a_row": streak}
         lines.append(record | ({"tokens_per_second": 100.0 + step} if step % 10 == 0 else {}))
     if validated:
-        lines.append({"step": len(losses), "tokens": 64 * len(losses), "validation_bits_per_byte": 1.25,
+        last = first + len(losses) - 1
+        lines.append({"step": last, "tokens": 64 * last, "validation_bits_per_byte": 1.25,
                       "validation_mtp_agreement": [0.5], "validation_max_vio": [1.0, 2.0, 99.0]})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return read_run(directory, TRAIN)
@@ -102,6 +103,20 @@ def test_where_a_run_diverged(tmp_path):
     assert len(apart) == 13 and np.isfinite(apart).all()
     found = figures(run, apart, warmup=5)
     assert found["diverged"] == 14 and "loss" not in found and found["relative_largest"] == np.abs(apart[5:]).max()
+
+
+def test_runs_that_go_on_from_another_are_compared_from_their_first_step(tmp_path):
+    """Of a warm-up only what lies after that; where one diverged is a number of its steps."""
+    baseline = write_run(tmp_path / "b", losses(1, 20), first=11)
+    run = write_run(tmp_path / "a", losses(0, 20), first=11)
+    wild = write_run(tmp_path / "c", losses(2, 8), bad=(16, 17, 18), validated=False, first=11)
+    runs = {"a": {"0": run}, "b": {"0": baseline}, "c": {"0": wild}}
+    apart = differences(runs, {"a": "b", "c": "b"})
+    expected = np.abs(100 * (ema(losses(0, 20)) / ema(losses(1, 20)) - 1))
+    assert figures(run, apart["a", "0"], warmup=5)["relative_largest"] == pytest.approx(expected.max())
+    assert figures(run, apart["a", "0"], warmup=15)["relative_mean"] == pytest.approx(expected[5:].mean())
+    assert wild.diverged == 16 and len(apart["c", "0"]) == 5 and np.isfinite(apart["c", "0"]).all()
+    plot_comparison(runs, apart, "a", 5, tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize("steps, bad, validated", [

@@ -12,7 +12,7 @@ from dsv3.train.schedule import batch_sequences
 from experiments.launch import load_config, load_module
 from experiments.variants import Comparison, chosen, plan, seeds_of
 
-CONFIGS = ("ablation", "fp8", "fp8_rates")
+CONFIGS = ("ablation", "fp8", "fp8_from_scratch")
 
 
 def planned(name, workdir, seeds=("0",)):
@@ -37,31 +37,42 @@ def test_all_recipes_are_compared_and_noise_is_another_order_of_the_same(tmp_pat
 
 
 def test_fp8_trains_small_moe_with_the_schedules_of_its_run():
-    """That of docs/results.md, whose command these overrides are."""
-    fp8 = load_config("configs/fp8.py", [])
+    """That of docs/results.md, whose command these overrides are; after the common start as after new weights."""
+    scratch, fp8 = load_config("configs/fp8_from_scratch.py", []), load_config("configs/fp8.py", [])
     small = load_config("configs/small_moe.py", [
         "train.steps=1530", "train.warmup_steps=100", "train.learning_rate.0.until=6e7",
         "train.learning_rate.1.until=1.02e8", "train.bias_update_speed.0.start=0.01",
         "train.bias_update_speed.0.end=0.002", "train.bias_update_speed.0.shape=linear",
         "train.bias_update_speed.0.until=1e8"])
-    assert (fp8.model, fp8.data, fp8.mesh, fp8.train.optimizer) == (
-        small.model, small.data, small.mesh, small.train.optimizer)
+    for config in (scratch, fp8):
+        assert (config.model, config.data, config.mesh, config.train.optimizer) == (
+            small.model, small.data, small.mesh, small.train.optimizer)
     at = lambda config, step: knobs_at(config, step, step * 32 * 2048)
-    assert [at(fp8, step) for step in range(1530)] == [at(small, step) for step in range(1530)]
-    assert [batch_sequences(fp8.train, step * 65536) for step in range(1530)] == [32] * 1530
-    assert 1e8 < fp8.train.steps * 32 * 2048 < 1.01e8
+    assert [at(scratch, step) for step in range(1530)] == [at(small, step) for step in range(1530)]
+    assert [batch_sequences(fp8.train, step * 65536) for step in range(fp8.train.steps)] == [32] * (700 + 1530)
+    late = range(100, 1530)  # after warm-up
+    assert [at(fp8, 700 + step).learning_rate for step in late] == [at(small, step).learning_rate for step in late]
+    assert 1e8 < (fp8.train.steps - 700) * 32 * 2048 < 1.01e8
 
 
-@pytest.mark.parametrize("factor", [0.5, 1, 2])
-def test_a_rate_of_the_sweep_scales_the_whole_schedule(factor, tmp_path):
-    runs = {run.variant: run.config for run in planned("fp8_rates", tmp_path)}
-    plain = load_config("configs/fp8_rates.py", [])
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_a_rate_of_the_sweep_is_that_of_the_others_times_a_factor(factor, tmp_path):
+    runs = {run.variant: run.config for run in planned("fp8", tmp_path)}
     for quant in ("bf16", "fp8"):
         config = runs[f"{quant}, rate x {factor}"]
-        assert config.quant == quant
-        for step in (0, 50, 200, 400, 509):
-            rates = [float(knobs_at(c, step, step * 65536).learning_rate) for c in (config, plain)]
+        assert config.quant == quant and config.train.steps == 700 + 510
+        for step in (700, 900, 1209):
+            rates = [float(knobs_at(c, step, step * 65536).learning_rate) for c in (config, runs[quant])]
             assert rates[0] == pytest.approx(factor * rates[1], rel=1e-6)
+
+
+def test_all_variants_go_on_from_the_end_of_the_start_with_their_seed(tmp_path):
+    runs = planned("fp8", tmp_path, ("0", "1"))
+    assert [run.variant for run in runs[:2]] == ["start", "start"]
+    assert all(run.config.train.start_from is None and run.config.train.steps == 700 for run in runs[:2])
+    assert {(run.seed, run.config.train.start_from) for run in runs[2:]} == {
+        (seed, str(tmp_path / f"start-{seed}")) for seed in "01"}
+    assert all(run.config.train.start_from is None for run in planned("fp8_from_scratch", tmp_path))
 
 
 def test_runs_are_chosen_by_the_names_of_their_directories(tmp_path):
@@ -88,6 +99,7 @@ def module(**changes):
     (dict(BASELINES={"c": "a"}), "names c, not among VARIANTS"),
     (dict(BASELINES={"b": "d"}), "names d, not among VARIANTS"),
     (dict(NOISE="a"), "NOISE .* is 'a'"),
+    (dict(START="c"), "START .* is 'c', not among VARIANTS"),
 ])
 def test_what_a_comparison_may_not_say(changes, words):
     with pytest.raises(UserError, match=words):

@@ -7,9 +7,9 @@ import shutil
 import chex
 import numpy as np
 import pytest
-from small_runs import read_lines, small_config, write_corpus
+from small_runs import ONE_LAYER, read_lines, small_config, write_corpus
 
-from dsv3.config import UserError
+from dsv3.config import UserError, override
 from dsv3.model.ops import reference_ops
 from dsv3.train.loop import train
 from dsv3.train.metrics import MetricsWriter, read_metrics
@@ -43,6 +43,55 @@ def test_forty_steps_equal_twenty_and_a_stop_and_twenty_more(corpus, tmp_path):
     assert losses("stopped") == losses("straight")
     assert [step for step, *_ in losses("straight")] == list(range(1, 41))
     assert continued.validation == straight.validation
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_from_another_is_that_run_until_something_differs(corpus, tmp_path):
+    """Bit for bit, the average too; then it is a run of its own, and needs the other no more."""
+    config = small_config(corpus, **ONE_LAYER, **{"train.steps": "12", "train.eval_every": "12"})
+    straight = train(config, tmp_path / "straight", OPS)
+    train(with_steps(config, 6), tmp_path / "first", OPS)
+    going_on = small_config(corpus, **ONE_LAYER, **{
+        "train.steps": "12", "train.eval_every": "12", "train.start_from": str(tmp_path / "first")})
+    second = train(going_on, tmp_path / "second", OPS)
+    chex.assert_trees_all_equal(second.state, straight.state)
+    assert second.ema_validation == straight.ema_validation
+    ours, theirs = ([(r["step"], r["tokens"], r["loss"]) for r in read_lines(tmp_path / name / "metrics.jsonl")
+                     if "loss" in r] for name in ("second", "straight"))
+    assert ours == theirs[6:]
+
+    other = {"train.balance_alpha": "0.5", "train.seed": "3", "quant": "fp8_direct",
+             "train.learning_rate.0.end": "0.001", "train.learning_rate.0.start": "0.001"}
+    changed = train(override(going_on, other), tmp_path / "third", OPS)
+    loss = [r["loss"] for r in read_lines(tmp_path / "third" / "metrics.jsonl") if "loss" in r]
+    assert loss[0] == ours[0][2] and loss[1:] != [step[2] for step in ours[1:]]  # reference operations: no formats
+    shutil.rmtree(tmp_path / "first")
+    more = train(override(going_on, other | {"train.steps": "13"}), tmp_path / "third", OPS)
+    assert int(changed.state.step) == 12 and int(more.state.step) == 13
+
+
+@pytest.mark.slow
+def test_what_a_run_cannot_go_on_from(corpus, tmp_path):
+    config = small_config(corpus, **ONE_LAYER, **{"train.start_from": str(tmp_path / "first")})
+    with pytest.raises(UserError, match="first holds no checkpoint; train that run first"):
+        train(config, tmp_path / "second", OPS)
+    train(override(config, {"train.start_from": "None", "train.steps": "3"}), tmp_path / "first", OPS)
+    elsewhere = write_corpus(tmp_path / "elsewhere", files=25)
+    for changes, words in (
+        ({"model.dim": "32"}, "another kind .model.dim: 24 != 32"),
+        ({"train.optimizer.moment_dtype": "float32"}, "another kind .train.optimizer.moment_dtype"),
+        ({"data.seed": "1"}, "another kind .data.seed: 0 != 1"),
+        ({"data.sources.0.files": str(elsewhere)}, "another kind .data.sources"),
+        ({"train.ema": "None"}, "must both keep a moving average"),
+        ({"train.steps": "3"}, "is at step 3 already; raise train.steps"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(override(config, changes), tmp_path / "_".join(changes), OPS)
+    shutil.rmtree(corpus)
+    shutil.copytree(elsewhere, corpus)
+    with pytest.raises(UserError, match="has read other data"):
+        train(config, tmp_path / "third", OPS)
+    assert (tmp_path / "first" / "checkpoints" / "3").exists()
 
 
 @pytest.mark.slow
