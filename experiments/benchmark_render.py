@@ -59,6 +59,11 @@ def render_table(data: dict) -> str:
             ["", "cases", "geometric mean", "worst"],
             [[f"{m['group']}: {m['first']} over {m['other']}", str(m["cases"]), f"{m['mean']:.2f}", f"{m['worst']:.2f}"]
              for m in data["means"]])
+    if data.get("costs"):  # only groups of rows have them
+        text += "\n" + markdown(
+            ["", "cases", "time, geometric mean", "worst", "rows with padding"],
+            [[f"{c['group']}: {c['first']}, over {c['like']}", str(c["cases"]), f"{c['mean']:.2f}", f"{c['worst']:.2f}",
+              f"{c['n_rows']:.2f}"] for c in data["costs"]])
     return text
 
 
