@@ -115,7 +115,7 @@ def contestants(by_weights: bool) -> dict[str, Contestant]:
 def case(group: str, m: int, n: int, k: int, *, by_weights: bool) -> Case:
     """out[m, n] over an inner dimension of k; random operands, and bytes of the quantised ones."""
     out_bytes = 4 if by_weights else 2
-    scales = 4 * (m * k / TILE + (n * k / TILE if by_weights else n * k / TILE ** 2))
+    scales = 4 * (whole(k) // TILE) * (m + (n if by_weights else whole(n) // TILE))
     shapes = ((m, k), (n, k), (n, m))[:3 if by_weights else 2]
     inputs = lambda seed: tuple(normal(3 * seed + index, *shape) for index, shape in enumerate(shapes))
     return Case(group, f"{m} x {n} x {k}", inputs, contestants(by_weights), 2 * m * n * k,

@@ -16,6 +16,7 @@ import numpy as np
 from dsv3.kernels import scaled_products_hopper
 from dsv3.kernels.grouped_dot import block_experts, block_starts, grouped_dot, padded_rows
 from dsv3.kernels.grouped_dot_hopper import BLOCK, STEP, grouped_dot_hopper, rows_times_experts, weight_gradient
+from dsv3.kernels.scaled import TILE
 from experiments import benchmark_table, peers_torch
 from experiments.benchmark_gemm import cublas_contestant, cublas_forward, decode, on_this_device, to_blocks, to_tiles
 from experiments.benchmark_table import BF16_FLOPS, FP8_FLOPS, Case, Contestant, normal
@@ -62,8 +63,9 @@ def ends(sizes_E: jax.Array) -> jax.Array:
 
 
 def block_owners(ends_E: jax.Array, n_rows: int) -> jax.Array:
-    """Whose every block of rows is, [Z]: the first group that ends after it starts; E after the last."""
-    return jnp.searchsorted(ends_E, BLOCK * jnp.arange(n_rows // BLOCK), side="right")
+    """Whose every block of rows is, [Z]: the first group that ends after it starts; the last's after all."""
+    owner_Z = jnp.searchsorted(ends_E, BLOCK * jnp.arange(n_rows // BLOCK), side="right")
+    return jnp.minimum(owner_Z, len(ends_E) - 1)
 
 
 def in_blocks(rows_JD: jax.Array) -> jax.Array:
@@ -71,9 +73,9 @@ def in_blocks(rows_JD: jax.Array) -> jax.Array:
 
 
 def by_ends(rows_JD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array) -> jax.Array:
-    """The reference: block after block times the matrix of its owner; rows past the last group give zeros."""
-    one = lambda block: jnp.where(block[1] < len(w_EDF), block[0] @ w_EDF[block[1]], 0)
-    out_ZBF = jax.lax.map(one, (in_blocks(rows_JD), block_owners(ends_E, len(rows_JD))))
+    """The reference: block after block times the matrix of its owner."""
+    blocks = in_blocks(rows_JD), block_owners(ends_E, len(rows_JD))
+    out_ZBF = jax.lax.map(lambda block: block[0] @ w_EDF[block[1]], blocks)
     return out_ZBF.reshape(len(rows_JD), w_EDF.shape[2])
 
 
@@ -86,7 +88,7 @@ def weights_by_groups(rows_JD: jax.Array, d_out_JF: jax.Array, sizes_E: jax.Arra
     """The reference of the weight gradient: every block's product, added to its owner's. Padding is zeros."""
     def add(d_w_EDF, block):
         rows_BD, d_out_BF, expert = block
-        return d_w_EDF.at[expert].add(rows_BD.T @ d_out_BF, mode="drop"), None
+        return d_w_EDF.at[expert].add(rows_BD.T @ d_out_BF), None
 
     blocks = in_blocks(rows_JD), in_blocks(d_out_JF), block_owners(ends(sizes_E), len(rows_JD))
     d_w_EDF = jnp.zeros((len(sizes_E), rows_JD.shape[1], d_out_JF.shape[1]), rows_JD.dtype)
@@ -158,26 +160,30 @@ def contestants(transpose: bool, n_real: int, n_padded: int) -> dict[str, Contes
 
 
 def cases_of(name: str, load: str, n_experts: int, n_rows: int, n_in: int, n_out: int) -> list[Case]:
-    """Forward, by rows and by weights of one shape."""
+    """Forward, by rows and by weights of one shape.
+
+    Bytes are of 8-bit operands with their scales: matrices without rows are not read, but all gradients are written.
+    """
     sizes_E = jnp.asarray(group_sizes(load, n_experts, n_rows))
-    padded = padded_rows(n_rows, n_experts, BLOCK)
+    padded, n_padded = padded_rows(n_rows, n_experts, BLOCK), int(ends(sizes_E)[-1])
     rows = lambda seed, width: real_rows(normal(seed, padded, width), sizes_E)
     weights = lambda seed: normal(seed, n_experts, n_in, n_out)
-    n_padded = int(ends(sizes_E)[-1])
     flops = 2 * n_rows * n_in * n_out
-    peak, width = (FP8_FLOPS, 1) if SCALED else (BF16_FLOPS, 2)
-    matrices = n_experts * n_in * n_out
     even = lambda way: None if load == "even" else f"{way}, even"
+    scaled = lambda elements, tile: elements + 4 * elements // tile
+    read = scaled(int((sizes_E > 0).sum()) * n_in * n_out, TILE ** 2)
+    tiles = n_padded // TILE * (n_in + n_out)  # along the rows: one scale for every block that holds some
     return [
         Case(f"forward, {load}", name, lambda seed: (rows(2 * seed, n_in), weights(2 * seed + 1), sizes_E),
              contestants(False, n_rows, n_padded), flops,
-             width * (n_rows * n_in + matrices) + 2 * n_rows * n_out, peak, even("forward"), padded),
+             scaled(n_rows * n_in, TILE) + read + 2 * n_rows * n_out, FP8_FLOPS, even("forward"), padded),
         Case(f"by rows, {load}", name, lambda seed: (rows(2 * seed, n_out), weights(2 * seed + 1), sizes_E),
              contestants(True, n_rows, n_padded), flops,
-             width * (n_rows * n_out + matrices) + 2 * n_rows * n_in, peak, even("by rows"), padded),
+             scaled(n_rows * n_out, TILE) + read + 2 * n_rows * n_in, FP8_FLOPS, even("by rows"), padded),
         Case(f"by weights, {load}", name, lambda seed: (
                  rows(3 * seed, n_in), rows(3 * seed + 1, n_out), sizes_E, normal(3 * seed + 2, n_out, n_in)),
-             weight_contestants(n_rows), flops, width * n_rows * (n_in + n_out) + 4 * matrices, peak,
+             weight_contestants(n_rows), flops,
+             n_rows * (n_in + n_out) + 4 * tiles + 4 * n_experts * n_in * n_out, FP8_FLOPS,
              even("by weights"), n_padded),
     ]
 
