@@ -270,8 +270,8 @@ def costs(rows: Sequence[dict]) -> list[dict]:
 def define_flags() -> None:
     """Of all commands that print a table."""
     flags.DEFINE_bool("peers", False, "also run torch's form of the same, where torch is installed")
-    flags.DEFINE_string("only", "", "tables: cases whose names have this in them")
-    flags.DEFINE_integer("soak", 20, "tables: runs of each kernel that must give the same bits")
+    flags.DEFINE_string("only", "", "nothing but cases whose titles have this in them")
+    flags.DEFINE_integer("soak", 20, "runs of each kernel that must give the same bits")
 
 
 def run(kind: str, cases: Sequence[Case], rate: str, overrides: Sequence[str]) -> None:

@@ -356,5 +356,6 @@ def test_operands_are_padded_and_decode_to_what_they_were():
 
 
 def test_a_command_is_recorded_without_what_is_private():
-    line = ["/somewhere/python3", "-m", "experiments.benchmark", "gemm", "--peers", "--json=/tmp/x.json", "--only=a b"]
+    line = ["/somewhere/python3", "-m", "experiments.benchmark", "gemm", "--peers", "--json=/tmp/x.json", "--update",
+            "--only=a b"]
     assert command(line) == "python -m experiments.benchmark gemm --peers '--only=a b'"

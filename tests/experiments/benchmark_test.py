@@ -1,6 +1,8 @@
-"""The gate of `make bench`: what grew is named, what did not is not, and --update rewrites the committed values."""
+"""The command line, and the gate of `make bench`: what grew is named, and --update rewrites what is committed."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -44,3 +46,57 @@ def test_an_unknown_command_is_told_on_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         launch.run_command({"step": None, "kernels": None}, "step")
     assert capsys.readouterr().err == "error: unknown command 'stpe'; expected one of step, kernels\n"
+
+
+def python(*arguments):
+    process = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def described(manual):
+    """Flags of a manual with what is said of them: one line each."""
+    lines = [line.split(maxsplit=1) for line in manual.splitlines() if line.startswith("  --")]
+    return {flag.removeprefix("--").partition("=")[0]: words for flag, words in lines}
+
+
+def test_help_has_a_line_for_every_flag_of_a_command():
+    script = """if True:
+        from experiments import benchmark
+        from absl import flags
+        before = set(flags.FLAGS)
+        benchmark.define_flags()
+        print(*set(flags.FLAGS) - before, "repeats", "update")
+        for name, command in benchmark.COMMANDS.items():
+            print("COMMAND", name, *command.flags)
+            print(benchmark.manual(name))
+    """
+    defined, *manuals = python("-c", script).split("COMMAND ")
+    whole = described(python("-m", "experiments.benchmark", "--help"))
+    assert set(whole) == set(defined.split()) and len(whole) >= 12
+    assert whole["soak"].startswith("a table: ") and whole["steps"].startswith("step, slice: ")
+    assert len(manuals) == 13
+    for text in manuals:
+        title, _, manual = text.partition("\n")
+        name, *own = title.split()
+        assert set(described(manual)) == set(own) and all(len(words) > 10 for words in described(manual).values())
+        assert f"python -m experiments.benchmark{'' if name == 'shapes' else f' {name}'}" in manual
+    gemm = python("-m", "experiments.benchmark", "gemm", "--help")
+    assert gemm.startswith("Dense products of V3") and described(gemm)["soak"].endswith("20 by default")
+    assert set(described(gemm)) == {"only", "peers", "soak", "json"}
+
+
+@pytest.mark.parametrize("flag, memory", [
+    ("--peers", "false"), ("--peers=true", "false"), ("--nopeers", "None"), ("--peers=false", "None")])
+def test_with_peers_jax_leaves_memory_to_torch_however_it_is_said(flag, memory):
+    """And in time: before the first device is asked for."""
+    script = f"""if True:
+        import os, sys
+        from jax._src import xla_bridge
+        from experiments import benchmark
+        show = lambda _: print(os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE"), xla_bridge.backends_are_initialized())
+        benchmark.COMMANDS["gemm"] = benchmark.COMMANDS["gemm"]._replace(main=show)
+        sys.argv = ["benchmark", "gemm", {flag!r}]
+        benchmark.main(sys.argv[1:])
+    """
+    assert python("-c", script) == f"{memory} False\n"
