@@ -6,6 +6,7 @@ torch is installed and `--peers` is given.
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -292,7 +293,7 @@ def bad(case: Case, row: dict) -> list[str]:
 
 
 def table(kind: str, cases: Sequence[Case], rate: str, peers: bool, soak: int) -> None:
-    tops, rows = ceilings(), []
+    start, tops, rows = time.perf_counter(), ceilings(), []
     print(f"{jax.devices()[0].device_kind}: copy {tops['copy_gb_per_s']:.0f} GB/s, bfloat16 product "
           f"{tops['bf16_tflops']:.0f} TFLOP/s\n")
     for case in cases:
@@ -307,6 +308,7 @@ def table(kind: str, cases: Sequence[Case], rate: str, peers: bool, soak: int) -
     for c in costs(rows):
         print(f"{c['group']}: {c['first']} takes {c['mean']:.2f} times as long as {c['like']} (geometric mean of "
               f"{c['cases']}, worst {c['worst']:.2f}), over {c['n_rows']:.2f} times the rows")
+    print(f"took {time.perf_counter() - start:.0f} s")
     wrong = [f"{case.group}, {case.name}: {name}"
              for case, row in zip(cases, rows, strict=True) for name in bad(case, row)]
     require(not wrong, f"wrong or missing results: {'; '.join(wrong)}")

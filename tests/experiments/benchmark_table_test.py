@@ -87,7 +87,7 @@ def test_the_summary_says_who_is_faster_and_what_skew_costs(monkeypatch, capsys)
     assert one["even"] > 2 and one["skewed"] < 0.5
     cost, = written[-1]["costs"]
     assert cost["mean"] == pytest.approx(cost["worst"]) and cost["mean"] > 2 and cost["n_rows"] == pytest.approx(3)
-    *_, first, second, third = capsys.readouterr().out.splitlines()
+    *_, first, second, third, _ = capsys.readouterr().out.splitlines()
     assert first.startswith(f"skewed: ours is {one['skewed']:.2f} times as fast as peer")
     assert second.startswith(f"even: ours is {one['even']:.2f} times as fast as peer")
     assert third == (f"skewed: ours takes {cost['mean']:.2f} times as long as even (geometric mean of 1, worst "

@@ -6,8 +6,11 @@ import sys
 
 import pytest
 
+from dsv3.model.ops import reference_ops
 from experiments import benchmark_shapes, launch
-from experiments.benchmark_shapes import RATIOS, SHAPES, TOLERANCE, compare, regressions
+from experiments.benchmark_render import PAGE
+from experiments.benchmark_shapes import RATIOS, SHAPES, TOLERANCE, benchmark_config, compare, regressions
+from experiments.benchmark_step import prepare
 
 FIGURES = {"4 layers, MTP 0": {"step": 100.0, "compile": 4000.0, "program_lines": 3000}}
 
@@ -39,6 +42,23 @@ def test_the_committed_file_has_every_shape_of_a_cpu():
     committed = json.loads(RATIOS.read_text())["cpu"]
     assert set(committed) == {f"{layers} layers, MTP {mtp}" for layers, mtp in SHAPES}
     assert all(set(figures) == set(TOLERANCE) for figures in committed.values())
+
+
+def test_the_page_and_the_committed_file_count_the_same_lines():
+    """`python -m experiments.benchmark --update --json=docs/benchmarks/shapes_cpu.json` writes both; then `render`."""
+    page = json.loads((PAGE.with_suffix("") / "shapes_cpu.json").read_text())
+    committed = json.loads(RATIOS.read_text())["cpu"]
+    assert {f"{row['layers']} layers, MTP {row['mtp']}": row["program_lines"] for row in page["rows"]} == {
+        shape: figures["program_lines"] for shape, figures in committed.items()}
+
+
+@pytest.mark.slow
+def test_the_committed_lines_are_those_of_the_tree():
+    """Far within the tolerance, or the next small change is named for what others added. Where this fails, see whether
+    the lines are needed, and write that run's."""
+    lowered = prepare(benchmark_config(4, 0), reference_ops()).lowered
+    committed = json.loads(RATIOS.read_text())["cpu"]["4 layers, MTP 0"]["program_lines"]
+    assert len(lowered.as_text().splitlines()) == pytest.approx(committed, rel=0.03)
 
 
 def test_an_unknown_command_is_told_on_one_line(monkeypatch, capsys):
