@@ -69,6 +69,7 @@ def block_owners(ends_E: jax.Array, n_rows: int) -> jax.Array:
 
 
 def in_blocks(rows_JD: jax.Array) -> jax.Array:
+    """[Z, BLOCK, D]; a block holds rows of one group."""
     return rows_JD.reshape(-1, BLOCK, rows_JD.shape[1])
 
 
