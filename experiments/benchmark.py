@@ -4,18 +4,21 @@ Without a word, step time, compile time and program size of small fixed shapes, 
 rewrites them). `step` measures one training step of a config (`--config=FILE`, `--config.FIELD=VALUE`,
 `--profile=DIR`). `slice` measures four layers of V3 at full width with the work of one expert-parallel rank.
 
-`gemm`, `grouped`, `quantize`, `norm`, `attention` and `loss` check kernels against float32 references and time them
-beside XLA's and, with `--peers`, torch's. `exact` compares products in 8 bits with the model of the tensor core, to
-the bit. `tune` sweeps kernels' parameters into dsv3/kernels/tuning.json.
+A table each: `gemm`, `grouped`, `quantize`, `norm`, `attention` and `loss` check kernels against float32 references
+and time them beside XLA's and, with `--peers`, torch's; `exact` compares products in 8 bits with the model of the
+tensor core, to the bit. `tune` sweeps kernels' parameters into dsv3/kernels/tuning.json.
 
 `import` generates a checkpoint of `--gigabytes` in `--scratch` and measures the peak memory and the speed of importing
 it. `render` makes the tables of docs/benchmarks.md from docs/benchmarks/*.json, which the others write with
-`--json=FILE`.
+`--json=FILE`. `COMMAND --help` says more of each.
 """
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import ModuleType
+from typing import NamedTuple
 
 from absl import flags
 
@@ -38,18 +41,76 @@ from experiments import (
     launch,
 )
 
-flags.DEFINE_string("json", None, "also write the figures to this file")
+DEFAULT = "shapes"
+TABLES = {"gemm": benchmark_gemm, "grouped": benchmark_grouped, "quantize": benchmark_rows,
+          "attention": benchmark_attention, "loss": benchmark_loss, "norm": benchmark_norm, "exact": benchmark_exact}
+
+
+class Command(NamedTuple):
+    """What its module's `main` measures, or `main`, and the flags that it reads."""
+
+    module: ModuleType
+    flags: tuple[str, ...]
+    main: Callable[[Sequence[str]], None] | None = None
+
+
+COMMANDS = {
+    "shapes": Command(benchmark_shapes, ("repeats", "update", "json")),
+    "step": Command(benchmark_step, ("config", "steps", "profile", "json")),
+    "slice": Command(benchmark_slice, ("peers", "steps", "profile", "json")),
+    **{name: Command(module, ("only", "peers", "soak", "json")) for name, module in TABLES.items()},
+    "import": Command(benchmark_import, ("gigabytes", "scratch")),
+    "render": Command(benchmark_render, ()),
+    "tune": Command(benchmark_tune, ("kernel", "only"),
+                    partial(benchmark_tune.main, tunables=benchmark_tunables.TUNABLES)),
+}
+
+
+def define_flags() -> None:
+    """Of all commands, but for those of `shapes`."""
+    flags.DEFINE_string("json", None, "also write the figures to this file")
+    for module in benchmark_step, benchmark_import, benchmark_table, benchmark_tune:
+        module.define_flags()
+
+
+def readers(flag: str) -> str:
+    """The commands that read a flag; the tables, which read the same, by one word."""
+    names = ("a table" if name in TABLES else name for name, command in COMMANDS.items() if flag in command.flags)
+    return ", ".join(dict.fromkeys(names))
+
+
+def manual(name: str | None) -> str:
+    """What a command, or the whole program, is and reads: a line a flag, with its default."""
+    if name is None:
+        about, own = __doc__, dict.fromkeys(flag for command in COMMANDS.values() for flag in command.flags)
+    else:
+        about, own = COMMANDS[name].module.__doc__, COMMANDS[name].flags
+    text = about.strip() + "\n"
+    for flag in own:
+        defined = flags.FLAGS[flag]
+        written = f"--{flag}" if defined.boolean else f"--{flag}={flag.upper()}"
+        default = "" if defined.default in (None, False, "") else f", {defined.default} by default"
+        text += f"\n  {written:22s}{readers(flag) + ': ' if name is None else ''}{defined.help}{default}"
+    return text + "\n"
+
+
+def sharing(main: Callable[[Sequence[str]], None], overrides: Sequence[str]) -> None:
+    """`main`; with `--peers` torch and JAX share the card, so neither may take all of it at once."""
+    if flags.FLAGS.peers:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # read when the first device is asked for
+    main(overrides)
+
+
+def main(arguments: Sequence[str]) -> None:
+    define_flags()
+    if {"--help", "-help", "-h"} & set(arguments):
+        words = [argument for argument in arguments[:1] if not argument.startswith("-")]
+        if not words or words[0] in COMMANDS:
+            print(manual(*words or [None]), end="")
+            return
+    launch.run_command(
+        {name: partial(sharing, command.main or command.module.main) for name, command in COMMANDS.items()}, DEFAULT)
+
 
 if __name__ == "__main__":
-    if "--peers" in sys.argv:  # torch and JAX share the card, so neither may take all of it at once
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    benchmark_step.define_flags()
-    benchmark_import.define_flags()
-    benchmark_table.define_flags()
-    benchmark_tune.define_flags()
-    launch.run_command({
-        "shapes": benchmark_shapes.main, "step": benchmark_step.main, "slice": benchmark_slice.main,
-        "gemm": benchmark_gemm.main, "grouped": benchmark_grouped.main, "quantize": benchmark_rows.main,
-        "attention": benchmark_attention.main, "loss": benchmark_loss.main, "norm": benchmark_norm.main,
-        "exact": benchmark_exact.main, "import": benchmark_import.main, "render": benchmark_render.main,
-        "tune": partial(benchmark_tune.main, tunables=benchmark_tunables.TUNABLES)}, "shapes")
+    main(sys.argv[1:])

@@ -2,6 +2,8 @@
 
 `out[m, n] = a[m, k] b[n, k]^T` over the six products of a layer, forward, by rows (dgrad: n and k change places) and by
 weights (wgrad: both operands 1 x 128 along tokens, float32 out); m = 4096 as in training, 64 and 128 as in decoding.
+By weights stands beside two products of cuBLASLt: its own of the same operands, and the forward one of the same tokens
+and matrix, which has as many operations.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,25 +90,34 @@ SCALED_WEIGHTS: dict[str, Callable] = {
 """`scaled_weight_gradient(a: Tiles [D, T], b: Tiles [F, T])`, likewise."""
 
 
+def cublas_forward(rows: Callable[..., tuple[jax.Array, jax.Array]]) -> dict[str, Contestant]:
+    """What weight gradients are measured by: the forward product of [T, D] with a matrix [F, D], which `rows` gives."""
+    return {"cuBLASLt, forward of that shape": cublas_contestant(to_blocks, rows)}
+
+
 def contestants(by_weights: bool) -> dict[str, Contestant]:
-    """Everybody, for one pass."""
+    """Everybody, for one pass; by weights they are given a [D, T], b [F, T] and, for the forward product, w [F, D]."""
     out_dtype = jnp.float32 if by_weights else jnp.bfloat16
     second = to_tiles if by_weights else to_blocks
-    prepare = lambda a, b: (to_tiles(a), second(b))
+    operands = lambda a, b, *w: (a, b)
+    prepare = lambda a, b, *w: (to_tiles(a), second(b))
     expected = lambda a, b: decode(a) @ decode(b).T
     forms = SCALED_WEIGHTS if by_weights else {
         name: lambda a, b, f=f: f(a, b, out_dtype) for name, f in SCALED.items()}
     rows = {name: Contestant(form, expected, prepare) for name, form in forms.items()}
     rows["bfloat16 by XLA"] = Contestant(
-        lambda a, b: plain_dot(a, b, out_dtype), lambda a, b: a.astype(jnp.float32) @ b.astype(jnp.float32).T)
-    return rows | {"cuBLASLt, block-scaled": cublas_contestant(second)}
+        lambda a, b: plain_dot(a, b, out_dtype), lambda a, b: a.astype(jnp.float32) @ b.astype(jnp.float32).T,
+        operands)
+    rows["cuBLASLt, block-scaled"] = cublas_contestant(second, operands)
+    return rows | (cublas_forward(lambda a, b, w: (a.T, w)) if by_weights else {})
 
 
 def case(group: str, m: int, n: int, k: int, *, by_weights: bool) -> Case:
     """out[m, n] over an inner dimension of k; random operands, and bytes of the quantised ones."""
     out_bytes = 4 if by_weights else 2
-    scales = 4 * (m * k / TILE + (n * k / TILE if by_weights else n * k / TILE ** 2))
-    inputs = lambda seed: (normal(2 * seed, m, k), normal(2 * seed + 1, n, k))
+    scales = 4 * (whole(k) // TILE) * (m + (n if by_weights else whole(n) // TILE))
+    shapes = ((m, k), (n, k), (n, m))[:3 if by_weights else 2]
+    inputs = lambda seed: tuple(normal(3 * seed + index, *shape) for index, shape in enumerate(shapes))
     return Case(group, f"{m} x {n} x {k}", inputs, contestants(by_weights), 2 * m * n * k,
                 m * k + n * k + scales + out_bytes * m * n, FP8_FLOPS)
 

@@ -23,8 +23,8 @@ GIGA = 10**9
 
 def define_flags() -> None:
     """Flags of this command."""
-    flags.DEFINE_float("gigabytes", 4.0, "import: size of the generated checkpoint", lower_bound=0.01)
-    flags.DEFINE_string("scratch", None, "import: an empty or missing directory with room for twice that")
+    flags.DEFINE_float("gigabytes", 4.0, "size of the generated checkpoint", lower_bound=0.01)
+    flags.DEFINE_string("scratch", None, "an empty or missing directory with room for twice that")
 
 
 def v3_like(n_layers: int) -> ModelConfig:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dsv3.kernels.cross_entropy import TokenLoss, cross_entropy, cross_entropy_reference
 from experiments import benchmark_table, peers_torch
+from experiments.benchmark_clock import n_bytes
 from experiments.benchmark_table import BF16_FLOPS, Case, Contestant, normal
 
 WIDTH, VOCABULARY = 7168, 129_280
@@ -53,7 +54,8 @@ def case(n_tokens: int, width: int, vocabulary: int, chunks: Sequence[int]) -> C
         for chunk in chunks if chunk <= n_tokens}
     peer = Contestant(peers_torch.loss_gradients, expected, lambda x, w, targets: (x, w.astype(x.dtype), targets),
                       library="torch")
-    moved = 2 * width * vocabulary + 4 * width * vocabulary + 4 * n_tokens * width
+    arrays = jax.eval_shape(inputs, 0)
+    moved = n_bytes((arrays, jax.eval_shape(expected, *arrays)))
     ours["torch, all logits"] = peer
     return Case("forward and backward", f"{n_tokens} x {width} x {vocabulary}", inputs, ours,
                 6 * n_tokens * width * vocabulary, moved, BF16_FLOPS)

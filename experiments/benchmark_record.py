@@ -11,7 +11,7 @@ import jax
 from absl import flags
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch", "transformers")
-PRIVATE = ("--json", "--profile", "--scratch")
+PRIVATE = ("--json", "--profile", "--scratch", "--update")
 """Flags that say where something was written, which is no part of a measurement."""
 
 

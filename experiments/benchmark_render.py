@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dsv3.config import require
+from dsv3.config import UserError, require
 
 PAGE = Path("docs/benchmarks.md")
 MARKED = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -59,6 +59,11 @@ def render_table(data: dict) -> str:
             ["", "cases", "geometric mean", "worst"],
             [[f"{m['group']}: {m['first']} over {m['other']}", str(m["cases"]), f"{m['mean']:.2f}", f"{m['worst']:.2f}"]
              for m in data["means"]])
+    if data.get("costs"):  # only groups of rows have them
+        text += "\n" + markdown(
+            ["", "cases", "time, geometric mean", "worst", "rows with padding"],
+            [[f"{c['group']}: {c['first']}, over {c['like']}", str(c["cases"]), f"{c['mean']:.2f}", f"{c['worst']:.2f}",
+              f"{c['n_rows']:.2f}"] for c in data["costs"]])
     return text
 
 
@@ -108,10 +113,26 @@ def render(name: str, data: dict) -> str:
     return caption(data) + RENDERERS[data["kind"]](data)
 
 
+def rendered_file(path: Path) -> str:
+    """What stands between the markers of a file's name; `UserError` where it is no measurement."""
+    wrong = lambda reason: UserError(
+        f"{path} is no whole measurement ({reason}); measure again with --json={path}, or check the file out again")
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, and of bytes that are no text
+        raise wrong(error) from error
+    if not isinstance(data, dict):
+        raise wrong(f"a {type(data).__name__} where an object belongs")
+    try:
+        return render(path.stem, data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise wrong(f"{type(error).__name__}: {error}") from error
+
+
 def rendered(page: str, directory: Path) -> str:
     """`page` with every table made anew from the JSON files in `directory`.
 
-    Raises `UserError` for a marker without a file, and for a file without a marker.
+    Raises `UserError` for a marker without a file, a file without a marker, and a broken file.
     """
     names = [match["name"] for match in MARKED.finditer(page)]
     files = {path.stem: path for path in sorted(directory.glob("*.json"))}
@@ -119,7 +140,7 @@ def rendered(page: str, directory: Path) -> str:
         require(name in files, f"{directory}/{name}.json is missing; measure again, or take its markers off the page")
     for name in files:
         require(name in names, f"nothing on the page is of {files[name]}; add <!-- table {name} --> and <!-- end -->")
-    replace = lambda match: match[1] + render(match["name"], json.loads(files[match["name"]].read_text())) + match[3]
+    replace = lambda match: match[1] + rendered_file(files[match["name"]]) + match[3]
     return MARKED.sub(replace, page)
 
 

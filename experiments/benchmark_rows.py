@@ -1,8 +1,8 @@
 """What moves rows and does little else: python -m experiments.benchmark quantize [--only=TEXT]
 
 Quantisation in tiles, alone and with what comes before it, and rows to expert order and back; against the copy
-bandwidth measured in the same run, counting inputs once (rows that go to several experts too) and outputs. Ours are
-what training runs, with the settings of the tuning table.
+bandwidth measured in the same run, counting inputs once (rows that go to several experts too) and outputs, with indices
+and with what pads groups where it is written. Ours are what training runs, with the settings of the tuning table.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,12 +36,16 @@ UNROUNDED = 0.02
 
 
 class Form(NamedTuple):
-    """A function of `Kernels`: its inputs at a shape, and its call on them. `exact`: to the bit."""
+    """A function of `Kernels`: its inputs at a shape, and its call on them. `exact`: to the bit.
+
+    `read` is as much of the inputs as has to be read.
+    """
 
     function: str
     inputs: Callable[..., tuple]
     call: Callable
     exact: bool = True
+    read: Callable[..., tuple] = lambda *arrays: arrays
 
 
 def magnitudes(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
@@ -91,6 +95,11 @@ def norm_inputs(seed: int, m: int, k: int) -> tuple[jax.Array, jax.Array]:
     return magnitudes(seed, m, k), normal(seed + 1, k, dtype=jnp.float32)
 
 
+def chosen_rows(rows_JD: jax.Array, row_TK: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+    """What `combine_rows` reads: as many rows as there are pairs."""
+    return rows_JD[:row_TK.size], row_TK, *weights
+
+
 matrix = lambda seed, *shape: (magnitudes(seed, *shape),)
 FORMS = {
     "rows": Form("quantize_rows", matrix, lambda f, x: f(x, E4M3)),
@@ -114,9 +123,10 @@ FORMS = {
     "swiglu backward": Form(
         "swiglu_backward_quantize", backward_inputs, lambda f, *a: f(*a, E4M3, E4M3, E4M3), exact=False),
     "permute": Form("permute_tiles", permute_inputs, lambda f, *a: f(*a)),
-    "combine": Form("combine_rows", combine_inputs, lambda f, *a: f(*a), exact=False),
+    "combine": Form("combine_rows", combine_inputs, lambda f, *a: f(*a), exact=False, read=chosen_rows),
     "combine without weights": Form(
-        "combine_rows", lambda *a: combine_inputs(*a)[:2], lambda f, *a: f(*a, None), exact=False),
+        "combine_rows", lambda *a: combine_inputs(*a)[:2], lambda f, *a: f(*a, None), exact=False,
+        read=chosen_rows),
 }
 """Everything that training in 8 bits does beside products and attention."""
 ROUTED = (16_384, 7168, 8, 8)
@@ -139,7 +149,7 @@ def case(name: str, shape: tuple[int, ...]) -> Case:
     # Looked up when it runs: the tuning table is of the device that is there then.
     ours = lambda *arrays: form.call(with_settings(form.function, jax.devices()[0].device_kind), *arrays)
     arrays = jax.eval_shape(inputs, 0)
-    moved = n_bytes((arrays, jax.eval_shape(slow, *arrays)))
+    moved = n_bytes((jax.eval_shape(form.read, *arrays), jax.eval_shape(slow, *arrays)))
     contestants = {"Hopper": Contestant(ours, slow, bound=0 if form.exact else NEAR)}
     if "special" not in name:  # a NaN has no distance
         contestants["XLA"] = Contestant(slow, slow, bound=BOUND if form.exact else UNROUNDED)
@@ -160,13 +170,15 @@ def dispatch_cases(name: str, n_tokens: int, width: int, n_experts: int) -> list
         chosen = rows_JD.astype(jnp.float32)
         return sum(chosen[plan.row_TK[:, k]] * weights_TK[:, k, None] for k in range(8))
 
-    tokens, pairs = 2 * n_tokens * width, 2 * 8 * n_tokens * width
+    x, plan, rows, weights = jax.eval_shape(inputs, 0)
+    scattered = n_bytes((x, plan.pair_J, rows))  # the result is as large as `rows`
+    gathered = n_bytes((jax.eval_shape(chosen_rows, rows, plan.row_TK, weights), x))
     dispatch = Contestant(permute, lambda x, plan: jnp.where(
         (plan.pair_J < 8 * n_tokens)[:, None], x[jnp.minimum(plan.pair_J // 8, n_tokens - 1)], 0),
         lambda x, plan, rows, weights: (x, plan), bound=0)
     combine = Contestant(unpermute, loop, lambda x, plan, rows, weights: (rows, plan, weights))
-    return [Case("dispatch, bfloat16", name, inputs, {"XLA": dispatch}, 0, tokens + pairs, BF16_FLOPS),
-            Case("combine, bfloat16", name, inputs, {"XLA": combine}, 0, tokens + pairs, BF16_FLOPS)]
+    return [Case("dispatch, bfloat16", name, inputs, {"XLA": dispatch}, 0, scattered, BF16_FLOPS),
+            Case("combine, bfloat16", name, inputs, {"XLA": combine}, 0, gathered, BF16_FLOPS)]
 
 
 def cases() -> list[Case]:

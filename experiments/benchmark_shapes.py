@@ -1,4 +1,4 @@
-"""Step time, compile time and program size of fixed shapes, and whether they grew.
+"""Step time, compile time and program size of fixed shapes, and whether they grew: python -m experiments.benchmark
 
 The model has layers of width 128 (one dense), 8 experts, top 2, a vocabulary of 2,048, and reads 512 tokens a step in
 float32, with and without an MTP module; two depths, because compile time should not grow with depth. Times are

@@ -1,5 +1,7 @@
 """The honest benchmark of one GPU: four layers of DeepSeek-V3 with the work that an expert-parallel rank receives.
 
+    python -m experiments.benchmark slice [--config.FIELD=VALUE ...] [--peers] [--profile=DIR]
+
 V3's own widths, 4 MoE layers with 8 local experts and one shared expert, no dense layer, no MTP; 16,384 tokens a step
 in sequences of 4,096, 8 expert rows a token: the arithmetic of one GPU of the report's cluster (section 3.2), without
 its communication. The vocabulary is 1,024, because V3's own would take 26 GB of state by itself. Rows travel the

@@ -1,4 +1,7 @@
-"""One training step of a config on random tokens: time, MFU, memory, and where the time goes."""
+"""One training step of a config on random tokens: time, MFU, memory, and where the time goes.
+
+    python -m experiments.benchmark step --config=FILE [--config.FIELD=VALUE ...] [--profile=DIR]
+"""
 
 import statistics
 import time
@@ -29,9 +32,9 @@ TRACED = 2
 
 def define_flags() -> None:
     """Not on import: the tests of several launchers run in one process, and other launchers have a --config too."""
-    flags.DEFINE_string("config", None, "step: a file with get_config()")
-    flags.DEFINE_integer("steps", 8, "step: timed steps; the median is reported")
-    flags.DEFINE_string("profile", None, "step: write a profiler trace here and print its breakdown by kind")
+    flags.DEFINE_string("config", None, "a file with get_config()")
+    flags.DEFINE_integer("steps", 8, "timed steps; the median is reported")
+    flags.DEFINE_string("profile", None, "write a profiler trace to this directory and print its breakdown by kind")
 
 
 def random_batches(config: Config) -> Batch:

@@ -6,6 +6,7 @@ torch is installed and `--peers` is given.
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -44,7 +45,8 @@ class Case(NamedTuple):
     """A shape: `inputs(seed)` draws its arrays, `flops` and `bytes` are what it must compute and move.
 
     `peak` is the FLOP/s that its floor is counted on. Ratios compare with the first contestant; their geometric mean is
-    taken over a `group`.
+    taken over a `group`. `like` is the group whose case of the same name has the same work in even parts (`costs`), and
+    `n_rows` counts the rows that are passed over, padding included.
     """
 
     group: str
@@ -54,6 +56,8 @@ class Case(NamedTuple):
     flops: float
     bytes: float
     peak: float
+    like: str | None = None
+    n_rows: int | None = None
 
 
 class Entry(NamedTuple):
@@ -206,7 +210,8 @@ def measure(case: Case, copy_rate: float, peers: bool, soak: int) -> dict:
     for row in rows.values():
         row["first_is_times_as_fast"] = first and first["floor_share"] / row["floor_share"]
     return {"group": case.group, "case": case.name, "flops": case.flops, "bytes": case.bytes,
-            "floor_us": 1e6 * floor, "first": next(iter(case.contestants)), "rows": rows, "errors": errors}
+            "floor_us": 1e6 * floor, "first": next(iter(case.contestants)), "like": case.like, "n_rows": case.n_rows,
+            "rows": rows, "errors": errors}
 
 
 def ceilings() -> dict[str, float]:
@@ -244,11 +249,30 @@ def means(rows: Sequence[dict]) -> list[dict]:
     return found
 
 
+def costs(rows: Sequence[dict]) -> list[dict]:
+    """How many times as long as evenly the first contestant takes in every group that has a `like`.
+
+    Geometric mean and worst over the cases that ran both ways, with the geometric mean of what `n_rows` grew by.
+    """
+    took = lambda row: row["rows"][row["first"]]["device_us"] or row["rows"][row["first"]]["us"]
+    ran = {(row["group"], row["case"]): row for row in rows if row["first"] in row["rows"]}
+    pairs = {}
+    for (group, name), row in ran.items():
+        if (row["like"], name) in ran:
+            pairs.setdefault((group, row["like"], row["first"]), []).append((row, ran[row["like"], name]))
+    found = []
+    for (group, like, first), some in pairs.items():
+        times, lengths = ([of(row) / of(even) for row, even in some] for of in (took, lambda row: row["n_rows"]))
+        found.append({"group": group, "like": like, "first": first, "cases": len(some), "worst": max(times),
+                      "mean": statistics.geometric_mean(times), "n_rows": statistics.geometric_mean(lengths)})
+    return found
+
+
 def define_flags() -> None:
     """Of all commands that print a table."""
     flags.DEFINE_bool("peers", False, "also run torch's form of the same, where torch is installed")
-    flags.DEFINE_string("only", "", "tables: cases whose names have this in them")
-    flags.DEFINE_integer("soak", 20, "tables: runs of each kernel that must give the same bits")
+    flags.DEFINE_string("only", "", "nothing but cases whose titles have this in them")
+    flags.DEFINE_integer("soak", 20, "runs of each kernel that must give the same bits")
 
 
 def run(kind: str, cases: Sequence[Case], rate: str, overrides: Sequence[str]) -> None:
@@ -269,17 +293,22 @@ def bad(case: Case, row: dict) -> list[str]:
 
 
 def table(kind: str, cases: Sequence[Case], rate: str, peers: bool, soak: int) -> None:
-    tops, rows = ceilings(), []
+    start, tops, rows = time.perf_counter(), ceilings(), []
     print(f"{jax.devices()[0].device_kind}: copy {tops['copy_gb_per_s']:.0f} GB/s, bfloat16 product "
           f"{tops['bf16_tflops']:.0f} TFLOP/s\n")
     for case in cases:
         rows.append(measure(case, 1e9 * tops["copy_gb_per_s"], peers, soak))
         show(rows[-1], rate)
         write_json(record("table", {
-            "table": kind, "rate": rate, "ceilings": tops, "cases": rows, "means": means(rows)}))
+            "table": kind, "rate": rate, "ceilings": tops, "cases": rows, "means": means(rows),
+            "costs": costs(rows)}))
     for m in means(rows):
         print(f"{m['group']}: {m['first']} is {m['mean']:.2f} times as fast as {m['other']} (geometric mean of "
               f"{m['cases']}, worst {m['worst']:.2f})")
+    for c in costs(rows):
+        print(f"{c['group']}: {c['first']} takes {c['mean']:.2f} times as long as {c['like']} (geometric mean of "
+              f"{c['cases']}, worst {c['worst']:.2f}), over {c['n_rows']:.2f} times the rows")
+    print(f"took {time.perf_counter() - start:.0f} s")
     wrong = [f"{case.group}, {case.name}: {name}"
              for case, row in zip(cases, rows, strict=True) for name in bad(case, row)]
     require(not wrong, f"wrong or missing results: {'; '.join(wrong)}")

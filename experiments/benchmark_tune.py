@@ -162,7 +162,7 @@ def tune(tunables: Sequence[Tunable], path: Path, only: str) -> None:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("kernel", None, "tune: this kernel alone")
+    flags.DEFINE_string("kernel", None, "this kernel alone")
 
 
 def main(overrides: Sequence[str], tunables: Sequence[Tunable]) -> None:

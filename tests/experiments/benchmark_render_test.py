@@ -82,3 +82,27 @@ def test_markers_and_files_belong_together(tmp_path):
     (tmp_path / "one.json").write_text(json.dumps(table(kind="tabel")))
     with pytest.raises(UserError, match=f"one.json has kind 'tabel'; expected one of {', '.join(RENDERERS)}"):
         rendered(page_with("one"), tmp_path)
+
+
+@pytest.mark.parametrize("content, reason", [
+    (json.dumps(table())[:200].encode(), "Unterminated|Expecting"), (b"", "Expecting value"),
+    (json.dumps([table()]).encode(), "a list where an object belongs"), (b"\xff\xfe", "decode"),
+    (json.dumps({name: value for name, value in table().items() if name != "ceilings"}).encode(), "'ceilings'"),
+    (json.dumps(table(versions=[])).encode(), "AttributeError"), (json.dumps(table(cases=None)).encode(), "TypeError"),
+])
+def test_a_broken_file_is_named_on_one_line_with_what_to_do(tmp_path, content, reason):
+    (tmp_path / "one.json").write_bytes(content)
+    with pytest.raises(UserError, match=reason) as caught:
+        rendered(page_with("one"), tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/one.json is no whole measurement (")
+    assert "measure again with --json=" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_cost_of_skew_is_a_table_of_its_own():
+    cost = {"group": "forward, skewed", "like": "forward, even", "first": "ours", "cases": 3, "mean": 1.0321,
+            "worst": 1.1, "n_rows": 1.004}
+    assert render("x", table(costs=[cost])).splitlines()[-3:] == [
+        "|  | cases | time, geometric mean | worst | rows with padding |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| forward, skewed: ours, over forward, even | 3 | 1.03 | 1.10 | 1.00 |"]
+    assert "rows with padding" not in render("x", table(costs=[])) + render("x", table())

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config import UserError
-from experiments import benchmark_grouped, benchmark_table
+from experiments import benchmark_grouped, benchmark_table, peers_torch
 from experiments.benchmark_attention import FORMS as ATTENTION
 from experiments.benchmark_attention import cases_of as attention_cases
 from experiments.benchmark_attention import contestant, few_heads_at_once, inputs_of
@@ -23,7 +23,7 @@ from experiments.benchmark_record import command
 from experiments.benchmark_rows import FORMS, SHAPES
 from experiments.benchmark_rows import case as rows_case
 from experiments.benchmark_rows import dispatch_cases
-from experiments.benchmark_table import Case, Contestant, bad, distance, means, measure
+from experiments.benchmark_table import Case, Contestant, bad, costs, distance, means, measure
 
 COPY_RATE = 1e10
 
@@ -60,6 +60,38 @@ def test_means_are_geometric_within_a_group_and_name_the_worst():
             {"group": "b", "first": "ours", "rows": {}}]
     assert [(m["group"], m["other"], m["cases"], round(m["mean"], 9), m["worst"]) for m in means(rows)] == [
         ("a", "peer", 2, 1.0, 0.5), ("a", "other", 1, 1.5, 1.5), ("b", "peer", 1, 3.0, 3.0)]
+
+
+def test_costs_are_times_over_those_of_the_even_case_of_the_same_name():
+    row = lambda group, case, like, us, n_rows, **others: {
+        "group": group, "case": case, "like": like, "first": "ours", "n_rows": n_rows,
+        "rows": {"ours": {"us": us, "device_us": None} | others, "peer": {"us": 1.0, "device_us": None}}}
+    even = [row("even", "a", None, 900.0, 128, device_us=10.0), row("even", "b", None, 10.0, 256)]
+    uneven = [row("skewed", "a", "even", 20.0, 128), row("skewed", "b", "even", 80.0, 1024),
+              row("skewed", "not even", "even", 1.0, 1), row("alone", "a", "absent", 1.0, 1)]
+    missing = {**row("empty", "a", "even", 1.0, 1), "rows": {}}
+    found, = costs([*uneven, missing, *even])  # whichever comes first
+    assert found == {"group": "skewed", "like": "even", "first": "ours", "cases": 2, "worst": 8.0,
+                     "mean": pytest.approx(4.0), "n_rows": pytest.approx(2.0)}
+
+
+def test_the_summary_says_who_is_faster_and_what_skew_costs(monkeypatch, capsys):
+    """Ours above 1 where it is the faster one, and longer where it has more to do."""
+    written = []
+    monkeypatch.setattr(benchmark_table, "write_json", written.append)
+    monkeypatch.setattr(benchmark_table, "ceilings", lambda: {"copy_gb_per_s": 10.0, "bf16_tflops": 1.0})
+    even = toy(ours=good, peer=Contestant(slow, good.expected))._replace(group="even", n_rows=100)
+    skewed = toy(ours=Contestant(slow, good.expected), peer=good)._replace(group="skewed", n_rows=300, like="even")
+    benchmark_table.table("toy", [skewed, even], "tflops", False, 0)
+    one = {m["group"]: m["mean"] for m in written[-1]["means"]}
+    assert one["even"] > 2 and one["skewed"] < 0.5
+    cost, = written[-1]["costs"]
+    assert cost["mean"] == pytest.approx(cost["worst"]) and cost["mean"] > 2 and cost["n_rows"] == pytest.approx(3)
+    *_, first, second, third, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"skewed: ours is {one['skewed']:.2f} times as fast as peer")
+    assert second.startswith(f"even: ours is {one['even']:.2f} times as fast as peer")
+    assert third == (f"skewed: ours takes {cost['mean']:.2f} times as long as even (geometric mean of 1, worst "
+                     f"{cost['mean']:.2f}), over 3.00 times the rows")
 
 
 @pytest.mark.parametrize("fault", [
@@ -225,6 +257,52 @@ def test_group_sizes(load):
     assert load != "empty" or (sizes == 0).sum() == 3
 
 
+def test_the_grouped_command_has_every_number_of_groups_under_every_load():
+    cases = benchmark_grouped.cases()
+    titles = [(case.group, case.name) for case in cases]
+    assert len(set(titles)) == len(titles) <= 50  # some 1.5 s each
+    shapes = {experts: [name for name, shape in benchmark_grouped.EXPERTS.items() if shape[0] == experts]
+              for experts in (4, 8, 32, 256)}
+    assert [benchmark_grouped.EXPERTS[names[0]][1] // experts for experts, names in shapes.items()] == [
+        8192, 4096, 256, 128]
+    for way in ("forward", "by rows", "by weights"):
+        for names in shapes.values():
+            assert all((f"{way}, even", name) in titles for name in names)
+            for load in ("skewed", "empty"):
+                assert any((f"{way}, {load}", name) in titles for name in names)
+    rows = {(case.group, case.name): case.n_rows for case in cases}
+    for case in cases:
+        assert case.like is None or (case.like, case.name) in titles
+        assert ("even" in case.group or case.group == "check") == (case.like is None)
+        if case.like and "by weights" not in case.group:
+            assert rows[case.group, case.name] == rows[case.like, case.name]
+    assert rows["by weights, skewed", "8 x 4096, gate_up"] == sum(
+        -(-int(size) // 128) * 128 for size in group_sizes("skewed", 8, 32_768)) > 32_768
+
+
+@pytest.mark.parametrize("cases", [
+    lambda: [gemm_case("forward", 256, 384, 128, by_weights=False), gemm_case("w", 128, 384, 256, by_weights=True)],
+    lambda: [case for load in ("even", "skewed") for case in benchmark_grouped.cases_of("toy", load, 2, 256, 128, 384)],
+], ids=["gemm", "grouped"])
+def test_the_bar_of_weight_gradients_is_the_forward_product_of_the_same_shape(cases):
+    """256 tokens, 128 in, 384 out: cuBLASLt multiplies the same tokens and matrix, as often, as it does forward."""
+    for case in cases():
+        by_weights = case.group.startswith(("w", "by weights"))
+        name = "cuBLASLt, forward of that shape" if by_weights else "cuBLASLt, block-scaled"
+        dense = [bar for title, bar in case.contestants.items() if title.startswith(name)]
+        assert len(dense) == 1 and dense[0].library == "torch" and dense[0].run is peers_torch.scaled_dot
+        inputs = case.inputs(0)
+        a, b = dense[0].prepare(*inputs)
+        assert a.scales.shape == (a.values.shape[1] // 128, 256)  # tiles of 1 x 128, blocks of 128 x 128 in fours
+        assert b.scales.shape == (b.values.shape[0] // 128, 4)
+        (m, k), n = a.values.shape, b.values.shape[0]
+        assert 2 * m * n * k == case.flops == 2 * 256 * 384 * 128
+        assert (k, n) == ((384, 128) if case.group.startswith("by rows") else (128, 384))
+        if by_weights:
+            rows = inputs[0][:256] if len(inputs) == 4 else inputs[0].T
+            assert distance(dense[0].expected(a, b), rows.astype(jnp.float32) @ inputs[-1].T) < 0.05
+
+
 def test_grouped_references_against_a_loop():
     sizes = jnp.array([130, 0, 5, 128], jnp.int32)
     rows = real_rows(jax.random.normal(jax.random.key(0), (640, 16)), sizes)
@@ -278,5 +356,6 @@ def test_operands_are_padded_and_decode_to_what_they_were():
 
 
 def test_a_command_is_recorded_without_what_is_private():
-    line = ["/somewhere/python3", "-m", "experiments.benchmark", "gemm", "--peers", "--json=/tmp/x.json", "--only=a b"]
+    line = ["/somewhere/python3", "-m", "experiments.benchmark", "gemm", "--peers", "--json=/tmp/x.json", "--update",
+            "--only=a b"]
     assert command(line) == "python -m experiments.benchmark gemm --peers '--only=a b'"
