@@ -53,6 +53,7 @@ from dsv3.kernels.attention_tiles_hopper import (
     whole_tiles,
     with_turns,
     write,
+    zeros,
 )
 
 BLOCK = 64
@@ -72,7 +73,7 @@ class Settings(NamedTuple):
     d_q_stages: int = 3
     d_q_turns: bool = True
     d_kv_stages: int = 3
-    d_kv_turns: bool = True
+    d_kv_turns: bool = False
     kept_gib: int = 12
 
 
@@ -175,10 +176,6 @@ def _blocks(tile: Tile, one_block: Callable, masked_first: bool, carry: Any) -> 
     return lax.fori_loop(middle, tile.last + 1, on, lax.fori_loop(tile.first, middle, off, carry))
 
 
-def _zeros(width: int) -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros((HALF, width), jnp.float32), MATRIX)
-
-
 def _probabilities(s: jax.Array, mask_of: Callable, normaliser: jax.Array, axis: int, scale: float) -> jax.Array:
     mask = mask_of()  # only here, or it would be in registers while the products run
     if mask is not None:
@@ -229,7 +226,7 @@ def _sum_queries(shared: Shared, tiles_of: Callable, source: Source, d_q, scale:
             plgpu.barrier_arrive(shared.empty.at[slot])
             return totals
 
-        totals = _blocks(tile, one_block, False, (_zeros(NOPE), _zeros(ROPE)))
+        totals = _blocks(tile, one_block, False, (zeros(NOPE), zeros(ROPE)))
         plgpu.barrier_arrive(shared.kept_empty)
         for total, first in zip(totals, (0, NOPE), strict=True):
             write(total * scale, shared.out.at[group], lambda column, first=first: d_q.at[
@@ -309,7 +306,7 @@ def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, kept:
 
         plgpu.barrier_wait(shared.full.at[slot_of(tile.first)])
         s = turn(partial(start_scores, tile.first), lambda s: s[...], BLOCK)
-        d_v, d_k, d_rope, _ = _blocks(tile, one_block, True, (_zeros(VALUE), _zeros(NOPE), _zeros(ROPE), s))
+        d_v, d_k, d_rope, _ = _blocks(tile, one_block, True, (zeros(VALUE), zeros(NOPE), zeros(ROPE), s))
         plgpu.barrier_arrive(shared.kept_empty)
         place = lambda out, first: lambda column: out.at[tile.batch, rows, pl.ds(first + column, 2 * CHUNK)]
         write(d_k * scale, shared.out.at[group], place(d_kv, tile.head * ACROSS))
@@ -388,9 +385,7 @@ def backward(
         *map(flat, (q_BTHX, q_rope_BTHR, kv_BTHY, k_rope_BTR, d_o_BTHU)), zeros_behind(normaliser_BHT),
         zeros_behind(delta_BTH.swapaxes(1, 2)), ids_BT, None if ids_BT is None else first_blocks(ids_BT, BLOCK))
     columns = lambda width: jax.ShapeDtypeStruct((*source.q.shape[:2], heads * width), jnp.bfloat16)
-    kept = Kept(heads, pl.cdiv(length, BLOCK))
-    if ids_BT is not None or kept.bytes(batch) > settings.kept_gib * 2**30:
-        kept = None
+    kept = Kept.within(settings.kept_gib, batch, heads, length) if ids_BT is None else None
     run = partial(_run, length=length)
     by_key = source if ids_BT is None else source._replace(bounds=last_blocks(ids_BT, BLOCK, length))
     d_kv_BTX, d_k_rope_BTX, *d_s = run(

@@ -22,7 +22,6 @@ from dsv3.kernels.attention_tiles_hopper import (
     GROUPS,
     HALF,
     KEY,
-    MATRIX,
     NOPE,
     ROPE,
     ROWS,
@@ -36,6 +35,7 @@ from dsv3.kernels.attention_tiles_hopper import (
     split_roles,
     wait_for,
     write,
+    zeros,
 )
 
 BLOCK = HALF
@@ -54,13 +54,16 @@ class Kept(NamedTuple):
     heads: int
     blocks: int
 
+    @classmethod
+    def within(cls, gib: float, batch: int, heads: int, length: int) -> "Kept | None":
+        """None where it would take more than so many GiB."""
+        kept = cls(heads, pl.cdiv(length, BLOCK))
+        return kept if batch * heads * kept.squares() * BLOCK * BLOCK * 2 <= gib * 2**30 else None
+
     def squares(self) -> int:
         """Of one head."""
         tiles = pl.cdiv(self.blocks, GROUPS)
         return GROUPS * tiles * (self.blocks - tiles + 1)
-
-    def bytes(self, batch: int) -> int:
-        return batch * self.heads * self.squares() * BLOCK * BLOCK * 2
 
     def shape(self, batch: int) -> jax.ShapeDtypeStruct:
         """One below the other, and room for a tile's queries that reach beyond the last."""
@@ -142,8 +145,7 @@ def _consume(shared: Shared, tiles_of: Callable, kept: Kept, d_q, scale: float, 
             return carry
 
         own, end = _end(kept, tile, group), _end(kept, tile, GROUPS - 1)
-        zeros = tuple(plgpu.layout_cast(jnp.zeros((HALF, width), jnp.float32), MATRIX) for width in widths)
-        totals = lax.fori_loop(jnp.int32(0), own, multiply, zeros)
+        totals = lax.fori_loop(jnp.int32(0), own, multiply, tuple(map(zeros, widths)))
         lax.fori_loop(own, end, pass_by, jnp.int32(0))
         for i, total in enumerate(totals):
             rows = pl.ds(tile * QUERIES + group * ROWS + i // 2 * HALF, HALF)
