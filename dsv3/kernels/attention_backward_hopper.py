@@ -1,8 +1,9 @@
 """Causal attention on Hopper, backward: two persistent Pallas kernels, without atomics: equal inputs give equal bits.
 
-One keeps 128 queries and sums d_q over blocks of earlier keys, the other keeps 128 keys and sums d_k and d_v over
-blocks of later queries. Both recompute P = 2^(S - normaliser) and dS = P (dP - delta), with S = q k^T in base 2,
-dP = d_o v^T and delta = sum(o d_o), which costs seven products where a sum shared by all multiprocessors needs five.
+One keeps 128 keys and sums d_k and d_v over blocks of later queries, the other sums d_q. The first recomputes
+P = 2^(S - normaliser) and dS = P (dP - delta), with S = q k^T in base 2, dP = d_o v^T and delta = sum(o d_o), and keeps
+dS for the second (`attention_kept_hopper.py`). Where there is no room for that, or with segments, the second makes dS
+again, keeping 128 queries and streaming earlier keys: seven products in place of five.
 
 A block is two rounds of products with dS between them. Two warpgroups of 64 rows take turns, so that the tensor cores
 work for one while the other makes its dS; a third streams the blocks.
@@ -20,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config import require
+from dsv3.kernels.attention_kept_hopper import Kept, queries_from_kept
 from dsv3.kernels.attention_tiles_hopper import (
     CHUNK,
     GROUPS,
@@ -51,6 +53,7 @@ from dsv3.kernels.attention_tiles_hopper import (
     whole_tiles,
     with_turns,
     write,
+    zeros,
 )
 
 BLOCK = 64
@@ -62,12 +65,16 @@ ACROSS = NOPE + VALUE
 
 
 class Settings(NamedTuple):
-    """What is tuned: blocks in flight, and whether the two warpgroups take turns, in the kernels of d_q and of d_kv."""
+    """What is tuned: blocks in flight, and whether the two warpgroups take turns, in the kernels of d_q and of d_kv.
+
+    dS is kept where it takes at most so many GiB.
+    """
 
     d_q_stages: int = 3
     d_q_turns: bool = True
     d_kv_stages: int = 3
-    d_kv_turns: bool = True
+    d_kv_turns: bool = False
+    kept_gib: int = 12
 
 
 class Shared(NamedTuple):
@@ -169,10 +176,6 @@ def _blocks(tile: Tile, one_block: Callable, masked_first: bool, carry: Any) -> 
     return lax.fori_loop(middle, tile.last + 1, on, lax.fori_loop(tile.first, middle, off, carry))
 
 
-def _zeros(width: int) -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros((HALF, width), jnp.float32), MATRIX)
-
-
 def _probabilities(s: jax.Array, mask_of: Callable, normaliser: jax.Array, axis: int, scale: float) -> jax.Array:
     mask = mask_of()  # only here, or it would be in registers while the products run
     if mask is not None:
@@ -223,7 +226,7 @@ def _sum_queries(shared: Shared, tiles_of: Callable, source: Source, d_q, scale:
             plgpu.barrier_arrive(shared.empty.at[slot])
             return totals
 
-        totals = _blocks(tile, one_block, False, (_zeros(NOPE), _zeros(ROPE)))
+        totals = _blocks(tile, one_block, False, (zeros(NOPE), zeros(ROPE)))
         plgpu.barrier_arrive(shared.kept_empty)
         for total, first in zip(totals, (0, NOPE), strict=True):
             write(total * scale, shared.out.at[group], lambda column, first=first: d_q.at[
@@ -233,9 +236,10 @@ def _sum_queries(shared: Shared, tiles_of: Callable, source: Source, d_q, scale:
     with_turns(shared, group, settings.d_q_turns, lambda: tiles_of(one_tile, jnp.int32(0)))
 
 
-def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, scale: float, settings: Settings, group):
+def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, kept: Kept | None, scale: float,
+              settings: Settings, group):
     """d_v = P^T d_o and d_k = scale dS^T q, of half a tile's keys: P and dS are transposed throughout."""
-    d_kv, d_k_rope = outputs
+    d_kv, d_k_rope, *d_s_out = outputs
     turn = partial(in_turn, shared, group, settings.d_kv_turns)
     p = shared.out.at[group, 0]
     # Read again for every block at the diagonal: what is computed from constants would stay in registers meanwhile.
@@ -267,6 +271,8 @@ def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, scale
                 ids = (own_ids[0], column(2)) if own_ids else None
                 return visible_below(start - block * BLOCK, across, (HALF, BLOCK), ids)
 
+            if kept:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dS of the block before lies in the same place
             p[...] = _probabilities(s, mask, column(0), 1, scale).astype(jnp.bfloat16)
             plgpu.commit_smem()
             less = -lax.broadcast_in_dim(column(1), (HALF, BLOCK), (1,))
@@ -281,14 +287,18 @@ def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, scale
                 return lax.optimization_barrier(d_s), ref[...]
 
             d_s, d_v = turn(start_values, differences, BLOCK, VALUE)
-            d_s = d_s.astype(jnp.bfloat16)
+            p[...] = d_s.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            if kept:
+                row = kept.row(tile.batch, tile.head, lax.div(tile.row, jnp.int32(HALF)) + group, block)
+                plgpu.copy_smem_to_gmem(p, d_s_out[0].at[pl.ds(row, BLOCK)])
             pl.when(block < tile.last)(lambda: plgpu.barrier_wait(shared.full.at[slot_of(following)]))
 
             def start_keys(s, *refs):
                 start_scores(following, s)
                 for ref, total, part in zip(refs, (d_k, d_rope), (q, q_rope), strict=True):
                     ref[...] = total
-                    plgpu.wgmma(ref, d_s, part)
+                    plgpu.wgmma(ref, p, part)
 
             s, *sums = turn(start_keys, lambda *refs: [ref[...] for ref in refs], BLOCK, NOPE, ROPE)
             plgpu.barrier_arrive(shared.empty.at[slot])
@@ -296,7 +306,7 @@ def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, scale
 
         plgpu.barrier_wait(shared.full.at[slot_of(tile.first)])
         s = turn(partial(start_scores, tile.first), lambda s: s[...], BLOCK)
-        d_v, d_k, d_rope, _ = _blocks(tile, one_block, True, (_zeros(VALUE), _zeros(NOPE), _zeros(ROPE), s))
+        d_v, d_k, d_rope, _ = _blocks(tile, one_block, True, (zeros(VALUE), zeros(NOPE), zeros(ROPE), s))
         plgpu.barrier_arrive(shared.kept_empty)
         place = lambda out, first: lambda column: out.at[tile.batch, rows, pl.ds(first + column, 2 * CHUNK)]
         write(d_k * scale, shared.out.at[group], place(d_kv, tile.head * ACROSS))
@@ -375,15 +385,19 @@ def backward(
         *map(flat, (q_BTHX, q_rope_BTHR, kv_BTHY, k_rope_BTR, d_o_BTHU)), zeros_behind(normaliser_BHT),
         zeros_behind(delta_BTH.swapaxes(1, 2)), ids_BT, None if ids_BT is None else first_blocks(ids_BT, BLOCK))
     columns = lambda width: jax.ShapeDtypeStruct((*source.q.shape[:2], heads * width), jnp.bfloat16)
+    kept = Kept.within(settings.kept_gib, batch, heads, length) if ids_BT is None else None
     run = partial(_run, length=length)
-    d_q_BTX, = run(
-        lambda *a, group: _sum_queries(*a[:3], a[3][0], scale, settings, group), source, [columns(KEY)],
-        settings.d_q_stages, queries_kept=True)
-    if ids_BT is not None:
-        source = source._replace(bounds=last_blocks(ids_BT, BLOCK, length))
-    d_kv_BTX, d_k_rope_BTX = run(
-        lambda *a, group: _sum_keys(*a, scale, settings, group), source, [columns(ACROSS), columns(ROPE)],
-        settings.d_kv_stages, queries_kept=False)
+    by_key = source if ids_BT is None else source._replace(bounds=last_blocks(ids_BT, BLOCK, length))
+    d_kv_BTX, d_k_rope_BTX, *d_s = run(
+        lambda *a, group: _sum_keys(*a, kept, scale, settings, group), by_key,
+        [columns(ACROSS), columns(ROPE), *([kept.shape(batch)] if kept else [])], settings.d_kv_stages,
+        queries_kept=False)
+    if kept:
+        d_q_BTX = queries_from_kept(*d_s, kept, source.kv, source.k_rope, scale)
+    else:
+        d_q_BTX, = run(
+            lambda *a, group: _sum_queries(*a[:3], a[3][0], scale, settings, group), source, [columns(KEY)],
+            settings.d_q_stages, queries_kept=True)
     by_head = lambda x_BTX: x_BTX[:, :length].reshape(batch, length, heads, -1)
     d_k_rope_BTR = jnp.sum(by_head(d_k_rope_BTX), axis=2, dtype=jnp.float32).astype(k_rope_BTR.dtype)
     return by_head(d_q_BTX), by_head(d_kv_BTX), d_k_rope_BTR

@@ -147,6 +147,11 @@ def _and_same_segment(mask: jax.Array | None, shape: tuple[int, int], ids: tuple
     return same if mask is None else mask & same
 
 
+def zeros(width: int) -> jax.Array:
+    """Sums of this warpgroup's rows, to begin with."""
+    return plgpu.layout_cast(jnp.zeros((HALF, width), jnp.float32), MATRIX)
+
+
 def in_turn(shared, group: jax.Array, turns: bool, issue: Callable, after: Callable, *accumulators: int) -> Any:
     """`after(*refs)`, once `issue(*refs)` has issued products into accumulators of so many columns in its turn.
 

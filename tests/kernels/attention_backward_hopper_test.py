@@ -4,6 +4,8 @@ Interpretation finishes every product and every copy at once: what must wait for
 and `benchmark attention` compares on a GPU.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import attention_inputs, interpreted, split
+from jax.experimental import pallas as pl
 from tiny_models import distance
 
 from dsv3.config import UserError
@@ -18,6 +21,7 @@ from dsv3.kernels import attention_hopper
 from dsv3.kernels import attention_tiles_hopper as frame
 from dsv3.kernels.attention import causal_attention
 from dsv3.kernels.attention_backward_hopper import BLOCK, Settings, backward
+from dsv3.kernels.attention_kept_hopper import QUERIES, Kept
 
 SCALE = 192 ** -0.5
 BOUND = 0.006
@@ -55,13 +59,39 @@ def assert_agree(inputs, ids_BT, how=Settings()):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [Settings(), Settings(2, False, 2, False)], ids=str)
+@pytest.mark.parametrize("how", [Settings(), Settings(2, False, 2, True, kept_gib=0)], ids=str)
 @pytest.mark.parametrize("length, packed", [(256, False), (203, True)])
 def test_agrees_with_the_reference(how, length, packed):
-    """Whole tiles, and a length that is a multiple of nothing, in documents."""
+    """Whole tiles, and a length that is a multiple of nothing, in documents; dS kept and made again."""
     starts = np.random.default_rng(1).random((2, length)) < 4 / length
     ids_BT = jnp.asarray(np.cumsum(starts, axis=1) + 1, jnp.int32) if packed else None
     assert_agree(attention_inputs(2, length, 2), ids_BT, how)
+
+
+@pytest.mark.slow
+def test_differences_that_are_kept_give_the_same_gradients_of_keys():
+    """To the bit; and d_q within its rounding, at a length whose last tile of queries is not whole."""
+    inputs = attention_inputs(1, 328, 1)
+    d_o_BTHU = cotangent(inputs)
+    kept, again = (run(inputs, None, d_o_BTHU, Settings(kept_gib=gib)) for gib in (1, 0))
+    for got, want in zip(kept[1:], again[1:], strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+    assert 0 < distance(kept[0], again[0]) < BOUND  # another rounding of P, so another path
+    assert distance(kept[0], expected(inputs, None, d_o_BTHU)[0]) < BOUND
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2000))
+@settings(max_examples=40, deadline=None)
+def test_squares_fill_their_room_one_after_the_other(batch, heads, length):
+    kept = Kept(heads, pl.cdiv(length, BLOCK))
+    pairs = [(half, block) for half in range(pl.cdiv(length, frame.ROWS) * frame.GROUPS)
+             for block in range(half // frame.GROUPS * frame.GROUPS, kept.blocks)]
+    assert kept.squares() == len(pairs)
+    for b, h in itertools.product(range(batch), range(heads)):
+        for place in range(0, len(pairs), max(1, len(pairs) // 20)):
+            assert int(kept.row(b, h, *pairs[place])) == ((b * heads + h) * len(pairs) + place) * BLOCK
+    gib = batch * heads * len(pairs) * BLOCK * BLOCK * 2 / 2**30
+    assert Kept.within(gib, batch, heads, length) == kept and Kept.within(0.999 * gib, batch, heads, length) is None
 
 
 @pytest.mark.slow
@@ -131,7 +161,10 @@ def test_settings_that_would_hang_are_refused():
 
 
 def test_lowers_for_a_gpu_without_a_copy():
-    """At V3's shape, without a GPU: two kernels; XLA adds delta, turns it round, and sums d_k_rope over heads."""
+    """At V3's shape, without a GPU: two kernels; XLA adds delta, turns it round, and sums d_k_rope over heads.
+
+    What is kept between them is no longer than its triangle.
+    """
     wide = [(1, 4096, 128, width) for width in (192, 64, 256)] + [(1, 4096, 64)]
     shapes = [*wide, (1, 4096, 128, 128), (1, 128, 4096), (1, 4096, 128, 128)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32 if len(shape) == 3 and shape[1] == 128 else jnp.bfloat16)
@@ -139,5 +172,6 @@ def test_lowers_for_a_gpu_without_a_copy():
     function = lambda q, q_rope, kv, k_rope, *rest: backward(q, q_rope, kv, k_rope, SCALE, None, *rest, Settings())
     program = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("@mosaic_gpu") == 2
+    assert f"tensor<{128 * 33 * 64 * 64 + QUERIES}x64xbf16>" in program
     assert program.count("stablehlo.transpose") == 1  # of delta
     assert "stablehlo.concatenate" not in program and "stablehlo.slice" not in program
