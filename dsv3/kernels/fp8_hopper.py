@@ -99,6 +99,10 @@ def norm_quantize(
     return quantize_hopper.quantize_both(normed_MK, rows, columns)
 
 
+def _always_fits(*arguments) -> None:
+    """For a kernel whose work is squares: settings alone decide."""
+
+
 def _square(*arguments) -> tuple[int, ...]:
     """The entry of a kernel whose work is squares, whatever matrix they are of."""
     return TILE, TILE
@@ -113,7 +117,8 @@ class Fast(NamedTuple):
     """A fast form, whose last argument are its settings.
 
     `refusal` is a function of the other arguments, `static` the positions of those that are no arrays; `default` are
-    the settings where the tuning table has none for this `entry` of the arguments.
+    the settings where the tuning table has none for this `entry` of the arguments. `no_room`, a function of all
+    arguments that the refusal lets pass, says why they do not fit into shared memory with these settings.
     """
 
     function: Callable
@@ -121,6 +126,15 @@ class Fast(NamedTuple):
     static: tuple[int, ...]
     default: Streaming
     entry: Callable = _square
+    no_room: Callable = _always_fits
+
+    def settings(self, name: str, kind: str, *arguments) -> Streaming:
+        """What the tuning table has for a device of this kind."""
+        return tuned(kind, name, self.entry(*arguments), self.default)
+
+    def refused(self, name: str, kind: str, *arguments) -> str | None:
+        """Why this form cannot run, or None."""
+        return self.refusal(*arguments) or self.no_room(*arguments, self.settings(name, kind, *arguments))
 
 
 FAST = {
@@ -138,16 +152,18 @@ FAST = {
         norm_hopper.FORWARD, _width),
     "norm_quantize": Fast(
         norm_quantize, lambda x, gain, eps, *operands: _of_tokens(x, *operands), (2, 3, 4), norm_quantize_hopper.NORM,
-        _width),
+        _width, norm_quantize_hopper.no_room_to_norm),
     "swiglu_quantize": Fast(
         swiglu_quantize_hopper.swiglu_quantize, _of_swiglu, (1, 2), swiglu_quantize_hopper.FORWARD),
     "swiglu_backward_quantize": Fast(
         swiglu_quantize_hopper.swiglu_backward_quantize, _of_swiglu_backward, (3, 4, 5),
         swiglu_quantize_hopper.BACKWARD),
     "permute_tiles": Fast(
-        permute_hopper.permute_tiles, lambda *arguments: None, (), permute_hopper.PERMUTE, _width),
+        permute_hopper.permute_tiles, lambda *arguments: None, (), permute_hopper.PERMUTE, _width,
+        permute_hopper.no_room_to_permute),
     "combine_rows": Fast(
-        permute_hopper.combine_rows, lambda rows, *rest: _not_bfloat16(rows), (), permute_hopper.COMBINE, _width),
+        permute_hopper.combine_rows, lambda rows, *rest: _not_bfloat16(rows) or _narrow(rows.shape[1], TILE), (),
+        permute_hopper.COMBINE, _width, permute_hopper.no_room_to_combine),
 }
 
 
@@ -156,7 +172,7 @@ def with_settings(name: str, kind: str) -> Callable:
     fast = FAST[name]
 
     def run(*arguments):
-        return fast.function(*arguments, tuned(kind, name, fast.entry(*arguments), fast.default))
+        return fast.function(*arguments, fast.settings(name, kind, *arguments))
 
     run.__name__ = run.__qualname__ = name
     return jax.jit(run, static_argnums=fast.static)
@@ -165,7 +181,7 @@ def with_settings(name: str, kind: str) -> Callable:
 def hopper_kernels(kind: str, attention: Attention, refuse: Callable[[str], None]) -> Kernels:
     """For a device of this kind. `refuse` is told why something falls back to plain jnp, and may raise."""
     functions = {
-        name: _either(fast.refusal, with_settings(name, kind), getattr(REFERENCE, name), refuse)
+        name: _either(partial(fast.refused, name, kind), with_settings(name, kind), getattr(REFERENCE, name), refuse)
         for name, fast in FAST.items()}
     return REFERENCE._replace(
         products=partial(_products, kind=kind, refuse=refuse), attention=attention, **functions)

@@ -15,7 +15,7 @@ from dsv3.config.errors import require
 from dsv3.config.quant import Operand
 from dsv3.kernels.quantize_hopper import ONE_FORM, Form, out_types, square_of, staging, write_square
 from dsv3.kernels.scaled import Tiles
-from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
+from dsv3.kernels.stream_hopper import Piece, Streaming, no_room, reuse, stream
 from dsv3.kernels.tile_hopper import (
     MATRIX,
     PER_COLUMN,
@@ -29,6 +29,16 @@ from dsv3.kernels.tile_hopper import (
 
 NORM = Streaming(stages=2, blocks=2, split=2)
 """Best on an H100. `split` is the rows of one step, each with a warpgroup of its own: a divisor of 128."""
+
+
+def no_room_to_norm(
+        x_MK: jax.Array, gain_K: jax.Array, eps: float, rows: Operand, columns: Operand | None,
+        settings: Streaming) -> str | None:
+    """Why rows so wide do not fit into shared memory, or None."""
+    k, at_once = x_MK.shape[1], settings.split
+    row = lambda dtype: Piece((k // TILE, TILE), dtype)
+    staged = [row(dtype_of(rows)), Piece((k // TILE,), jnp.float32)] * at_once
+    return no_room(f"rows of {k} elements", settings, [row(x_MK.dtype)] * at_once, *staged, row(jnp.float32))
 
 
 def layout_of_row(k: int) -> plgpu.Layout:

@@ -5,6 +5,7 @@ inputs of a block's next tiles while its warpgroups work on the present one; the
 from where the copy engine writes them out. Several blocks on a multiprocessor hide each other's latencies.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ from dsv3.config import require
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernels are right, only less evenly spread."""
+SHARED_BYTES = 227 * 1024
+"""Of shared memory that a thread block may have."""
+ALIGNMENT, REDUCTIONS = 1024, 2048
+"""What Mosaic rounds every array in shared memory up to, and what it adds for reductions."""
 
 
 class Streaming(NamedTuple):
@@ -44,6 +49,10 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any
     swizzle: int = 128
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
     def smem(self, stages: int | None):
         """Room for it, or for `stages` of them: matrices swizzled, so that neither rows nor columns share banks."""
@@ -78,6 +87,15 @@ class Step(NamedTuple):
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.met)
         plgpu.barrier_wait(self.met)
+
+
+def no_room(what: str, settings: Streaming, pieces: list[Piece], *lasting: Piece) -> str | None:
+    """Why `what` does not fit into shared memory, or None: `stages` of the pieces, and one of what is `lasting`."""
+    whole = lambda piece, number: -(-number * piece.n_bytes // ALIGNMENT) * ALIGNMENT
+    n_bytes = sum(whole(piece, settings.stages) for piece in pieces) + sum(whole(piece, 1) for piece in lasting)
+    n_bytes += REDUCTIONS + 8 * (2 * settings.stages + 2)  # as well as barriers
+    return None if n_bytes <= SHARED_BYTES else (
+        f"{what}: {n_bytes} bytes of shared memory with {settings}, of which a thread block has {SHARED_BYTES}")
 
 
 def transforms(piece: Piece) -> tuple:

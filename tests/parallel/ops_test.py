@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_models import model_config, random_batch, random_variables
 
-from dsv3.config import UserError
+from dsv3.config import UserError, resolve
 from dsv3.model.ops import ExpertWeights, attention, reference_ops
 from dsv3.model.transformer import Transformer
 from dsv3.parallel import ops
@@ -83,6 +83,22 @@ def ops_tokens(n_in):
 
 def ops_weights(n_in):
     return ExpertWeights(jnp.zeros((2, n_in, 512)), jnp.zeros((2, 256, n_in)))
+
+
+@pytest.mark.parametrize("n_in", [576, 2112])
+def test_experts_in_8_bits_of_broken_tiles_reach_the_kernels(monkeypatch, n_in):
+    """Both ways, and nothing is refused: rows are combined in whole tiles."""
+    on_h100(monkeypatch)
+    moe = ops.make_ops("require", resolve("fp8")).moe
+    monkeypatch.undo()
+    h_TD, topk_TK, gate_TK = ops_tokens(n_in)
+
+    def run(h_TD, gate_TK, weights):
+        y_TD, vjp = jax.vjp(lambda h, gate, weights: moe(h, topk_TK, gate, weights), h_TD, gate_TK, weights)
+        return y_TD, vjp(y_TD)
+
+    out = jax.eval_shape(run, h_TD, gate_TK, ops_weights(n_in))
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, (h_TD, (h_TD, gate_TK, ops_weights(n_in))))
 
 
 def test_accepted_shapes_reach_the_kernels(monkeypatch):
