@@ -92,8 +92,14 @@ def _reference(recipe: QuantConfig | None, **settings) -> Ops:
 
 
 def _auto(recipe: QuantConfig | None) -> Ops:
-    """Warns once per reason and bundle; the bundle is built once a program."""
-    return _on_hopper(recipe, partial(_warn, set())) if is_hopper(jax.devices()[0]) else _reference(recipe)
+    """Warns once per reason and bundle; the bundle is built once a program. A CPU is expected to be slow."""
+    device, refuse = jax.devices()[0], partial(_warn, set())
+    if is_hopper(device):
+        return _on_hopper(recipe, refuse)
+    if device.platform == "gpu":
+        refuse(f"{device.device_kind} has compute capability {device.compute_capability}; all kernels are for Hopper's "
+               "(9.0)")
+    return _reference(recipe)
 
 
 def _require(recipe: QuantConfig | None) -> Ops:

@@ -20,6 +20,12 @@ def on_h100(monkeypatch):
     monkeypatch.setattr(ops.jax, "devices", lambda: [H100])
 
 
+def warnings_of(monkeypatch):
+    found = []
+    monkeypatch.setattr(ops.logging, "warning", lambda message, *values: found.append(message % values))
+    return found
+
+
 def test_an_unknown_name_is_a_users_mistake():
     with pytest.raises(UserError, match="'fast'; expected one of auto, reference, require"):
         ops.make_ops("fast", None)
@@ -39,14 +45,35 @@ def test_hopper_is_compute_capability_9_0(changes, hopper):
     assert ops.is_hopper(SimpleNamespace(**(vars(H100) | changes))) == hopper
 
 
+@pytest.mark.parametrize("kind, capability", [("NVIDIA A100-SXM4-80GB", "8.0"), ("NVIDIA B200", "10.0")])
+@pytest.mark.parametrize("recipe", [None, resolve("fp8")])
+def test_another_gpu_is_warned_about_once(monkeypatch, kind, capability, recipe):
+    device = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=kind)
+    monkeypatch.setattr(ops.jax, "devices", lambda: [device])
+    warnings = warnings_of(monkeypatch)
+    bundle = ops.make_ops("auto", recipe)
+    assert len(warnings) == 1
+    assert "falling back" in warnings[0] and f"{kind} has compute capability {capability}" in warnings[0]
+    ops.make_ops("reference", recipe)
+    with pytest.raises(UserError, match=kind):
+        ops.make_ops("require", recipe)
+    monkeypatch.undo()
+    jax.eval_shape(bundle.moe, *ops_tokens(192), ops_weights(192))
+    assert len(warnings) == 1
+
+
+def test_a_cpu_is_no_surprise(monkeypatch):
+    warnings = warnings_of(monkeypatch)
+    ops.make_ops("auto", None)
+    assert not warnings
+
+
 def test_refused_shapes_take_the_reference_and_warn_once_each(monkeypatch):
     """A miniature in float32 on a pretended H100: no kernel accepts it, so the losses are the reference's."""
     on_h100(monkeypatch)
-    warnings = []
-    monkeypatch.setattr(ops.logging, "warning", lambda message, *values: warnings.append(message % values))
     bundle, config = ops.make_ops("auto", None), model_config()
     monkeypatch.undo()
-    monkeypatch.setattr(ops.logging, "warning", lambda message, *values: warnings.append(message % values))
+    warnings = warnings_of(monkeypatch)
     variables, batch = random_variables(config), random_batch(config)
     losses = [jax.jit(Transformer(config, chosen).apply)(variables, batch) for chosen in (bundle, reference_ops())]
     chex.assert_trees_all_close(*losses, rtol=1e-4)
