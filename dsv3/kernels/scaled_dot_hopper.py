@@ -34,7 +34,13 @@ CONSUMERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 2, 232, 40
 
 
 def _call(tile_of: Callable, n_tiles: int, column_scales: bool, tuning: Tuning, out: jax.ShapeDtypeStruct, *args):
-    """Run `n_tiles` tiles (or pairs); `tile_of(index, *refs)` describes one. The last four of `args` are operands."""
+    """Run `n_tiles` tiles (or pairs); `tile_of(index, *refs)` describes one. The last four of `args` are operands.
+
+    Sums over nothing, as of no tokens, are zeros.
+    """
+    if n_tiles == 0 or not all(operand.size for operand in args[-4:]):
+        return jnp.zeros(out.shape, out.dtype)
+
     def kernel(*refs):
         tile_at = lambda index: tile_of(index, *refs)
         each_tile = partial(plgpu.nd_loop, (n_tiles,), collective_axes="multiprocessor")

@@ -116,8 +116,11 @@ def stream(
     is one warpgroup's share, which calls `reuse()` before it writes what it copies out of `staging`. The last arguments
     may be `constants`, which stay in shared memory as `step.constants`. `approximate` takes the device's own
     exponential, good to about 1e-6, which is seven instructions shorter. With a `carry`, `work` returns the next one.
+    No tiles, as of no tokens, leave zeros.
     """
     tall, wide = tiles
+    if tall * wide == 0:
+        return [jnp.zeros(out.shape, out.dtype) for out in out_type]
     stages, behind, n_blocks = settings.stages, settings.behind, blocks_for(tall * wide, settings)
     require(0 <= behind < stages, f"{settings} would wait for ever: `behind` must be less than `stages`")
 

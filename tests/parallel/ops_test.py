@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny_models import model_config, random_batch, random_variables
 
@@ -126,6 +127,42 @@ def test_experts_in_8_bits_of_broken_tiles_reach_the_kernels(monkeypatch, n_in):
 
     out = jax.eval_shape(run, h_TD, gate_TK, ops_weights(n_in))
     chex.assert_trees_all_equal_shapes_and_dtypes(out, (h_TD, (h_TD, gate_TK, ops_weights(n_in))))
+
+
+def calls(ops):
+    """Operations with their arguments for no tokens at all."""
+    rows, matrix = jnp.zeros((0, 512), jnp.bfloat16), jnp.ones((512, 512))
+    targets, experts = jnp.zeros(0, jnp.int32), ExpertWeights(jnp.ones((3, 512, 1024)), jnp.ones((3, 512, 512)))
+    return {
+        "linear": (lambda x, w: ops.linear("attn.q_b", x, w), rows, matrix),
+        "norm": (lambda x, gain: ops.norm(x, gain, 1e-6), rows, jnp.ones(512)),
+        "norm_linear": (lambda x, gain, w: ops.norm_linear(("attn.q_a",), x, gain, (w,), 1e-6),
+                        rows, jnp.ones(512), matrix),
+        "mlp": (lambda x, *w: ops.mlp(("mlp.gate_up", "mlp.down"), x, *w), rows, jnp.ones((512, 1024)), matrix),
+        "moe": (lambda x, gate, w: ops.moe(x, jnp.zeros((0, 2), jnp.int32), gate, w), rows, jnp.zeros((0, 2)), experts),
+        "loss": (lambda x, w: ops.loss(x, w, targets, jnp.zeros(0)), rows, matrix),
+    }
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8", "fp8_direct"])
+@pytest.mark.parametrize("name", calls(reference_ops()))
+def test_no_tokens_give_empty_results_and_gradients_of_zero(monkeypatch, name, recipe):
+    """No kernel is left that a CPU could not run."""
+    on_h100(monkeypatch)
+    bundle = ops.make_ops("require", resolve(recipe))
+    monkeypatch.undo()
+
+    def run(ops):
+        function, *arguments = calls(ops)[name]
+        out, vjp = jax.vjp(function, *arguments)
+        cotangent = jax.tree.map(
+            lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0), out)
+        return out, vjp(cotangent)
+
+    out = jax.jit(lambda: run(bundle))()
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, jax.eval_shape(lambda: run(reference_ops())))
+    for leaf in jax.tree.leaves(out):
+        assert not np.any(leaf)
 
 
 def test_accepted_shapes_reach_the_kernels(monkeypatch):
