@@ -24,7 +24,6 @@ from dsv3.kernels import (
 )
 from dsv3.kernels.attention import Attention
 from dsv3.kernels.fp8_kernels import REFERENCE, Kernels
-from dsv3.kernels.norm import rms_norm
 from dsv3.kernels.scaled import TILE, Tiles
 from dsv3.kernels.scaled_dot import Products
 from dsv3.kernels.stream_hopper import Streaming
@@ -58,6 +57,10 @@ def _of_weights(w: jax.Array, operand: Operand) -> str | None:
     return None
 
 
+def _of_norm(x: jax.Array, gain: jax.Array, eps: float, *operands: Operand | None) -> str | None:
+    return _of_tokens(x, *operands) or _narrow(x.shape[1], TILE)
+
+
 def _of_swiglu(gate_up: jax.Array, *operands: Operand | None) -> str | None:
     return _of_tokens(gate_up, *operands) or _narrow(gate_up.shape[1], 2 * TILE)
 
@@ -85,18 +88,6 @@ def _products(interval: int, accumulator: str, *, kind: str, refuse: Callable[[s
     of_operands = lambda a, b, *rest: scaled_products_hopper.refuses_operands(a, b)
     pairs = zip(scaled_products_hopper.products(kind), slow, strict=True)
     return Products(*(_either(of_operands, *pair, refuse) for pair in pairs))
-
-
-def norm_quantize(
-    x_MK: jax.Array, gain_K: jax.Array, eps: float, rows: Operand, columns: Operand | None, settings: Streaming,
-) -> tuple[Tiles, Tiles | None]:
-    """One kernel where it accepts the width of x; else RMSNorm by XLA, which a kernel quantises."""
-    if not _narrow(x_MK.shape[1], 4 * TILE):
-        return norm_quantize_hopper.norm_quantize(x_MK, gain_K, eps, rows, columns, settings)
-    normed_MK = rms_norm(x_MK, gain_K, eps)
-    if columns is None:
-        return quantize_hopper.quantize_rows(normed_MK, rows), None
-    return quantize_hopper.quantize_both(normed_MK, rows, columns)
 
 
 def _always_fits(*arguments) -> None:
@@ -151,8 +142,8 @@ FAST = {
         norm_hopper.rms_norm_hopper, lambda x, gain, eps: norm_hopper.refusal(x.shape[-1], x.dtype), (2,),
         norm_hopper.FORWARD, _width),
     "norm_quantize": Fast(
-        norm_quantize, lambda x, gain, eps, *operands: _of_tokens(x, *operands), (2, 3, 4), norm_quantize_hopper.NORM,
-        _width, norm_quantize_hopper.no_room_to_norm),
+        norm_quantize_hopper.norm_quantize, _of_norm, (2, 3, 4), norm_quantize_hopper.NORM, _width,
+        norm_quantize_hopper.no_room_to_norm),
     "swiglu_quantize": Fast(
         swiglu_quantize_hopper.swiglu_quantize, _of_swiglu, (1, 2), swiglu_quantize_hopper.FORWARD),
     "swiglu_backward_quantize": Fast(

@@ -43,12 +43,14 @@ class Streaming(NamedTuple):
 class Piece(NamedTuple):
     """An array in shared memory. `swizzle`: bytes of a row that stay together, the unit of slices along rows.
 
-    Without a swizzle, as for vectors, the array is one run of bytes, and so must its source be.
+    Without a swizzle, as for vectors, the array is one run of bytes, and so must its source be, unless it is `ragged`:
+    partly beyond the array it comes from, where zeros are read, as for all matrices with a swizzle.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     swizzle: int = 128
+    ragged: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -191,7 +193,7 @@ def blocks_for(tiles: int, settings: Streaming) -> int:
 def copy_in(part, room, barrier, piece: Piece) -> None:
     """Bring a part of device memory into its room."""
     # One run of bytes of any length must be known to lie inside the array; of a matrix, what lies outside reads as 0.
-    inside = None if transforms(piece) else plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+    inside = None if piece.ragged or transforms(piece) else plgpu.OOBFillMode.PROMISE_IN_BOUNDS
     plgpu.copy_gmem_to_smem(part, room, barrier, oob_mode=inside)
 
 

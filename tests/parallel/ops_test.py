@@ -1,5 +1,7 @@
 """The choice of kernels: by device, by shape, or refused in one line."""
 
+import dataclasses
+from collections import Counter
 from types import SimpleNamespace
 
 import chex
@@ -7,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from tiny_models import model_config, random_batch, random_variables
 
 from dsv3.config import UserError, resolve
 from dsv3.model.ops import ExpertWeights, attention, reference_ops
 from dsv3.model.transformer import Transformer
 from dsv3.parallel import ops
+from experiments.launch import load_config
 
 H100 = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
 
@@ -127,6 +131,32 @@ def test_experts_in_8_bits_of_broken_tiles_reach_the_kernels(monkeypatch, n_in):
 
     out = jax.eval_shape(run, h_TD, gate_TK, ops_weights(n_in))
     chex.assert_trees_all_equal_shapes_and_dtypes(out, (h_TD, (h_TD, gate_TK, ops_weights(n_in))))
+
+
+def primitives(jaxpr) -> Counter:
+    """Of a program, but not of its kernels."""
+    found = Counter()
+    for equation in jaxpr.eqns:
+        found[equation.primitive.name] += 1
+        if equation.primitive.name != "mpmd_map":  # a kernel
+            for inner in jaxprs_in_params(equation.params):
+                found += primitives(inner)
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+def test_every_norm_of_small_moe_is_a_kernel(monkeypatch, recipe):
+    """Its widths are 1280, 512 and 256, and `require` refuses nothing. The reference shows what would be found."""
+    on_h100(monkeypatch)
+    bundle = ops.make_ops("require", resolve(recipe))
+    monkeypatch.undo()
+    config = dataclasses.replace(load_config("configs/small_moe.py", []).model, scan_unroll=1)
+    batch = random_batch(config, length=128)
+    variables = jax.eval_shape(Transformer(config, reference_ops()).init, jax.random.key(0), batch)
+    traced = [jax.make_jaxpr(Transformer(config, chosen).apply)(variables, batch) for chosen in (
+        bundle, reference_ops())]
+    kernels, plain = (primitives(jaxpr.jaxpr) for jaxpr in traced)
+    assert kernels["rsqrt"] == 0 < plain["rsqrt"]
 
 
 def calls(ops):
