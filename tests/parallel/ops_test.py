@@ -13,6 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from tiny_models import model_config, random_batch, random_variables
 
 from dsv3.config import UserError, resolve
+from dsv3.kernels import tuning
 from dsv3.model.ops import ExpertWeights, attention, reference_ops
 from dsv3.model.transformer import Transformer
 from dsv3.parallel import ops
@@ -133,6 +134,21 @@ def test_experts_in_8_bits_of_broken_tiles_reach_the_kernels(monkeypatch, n_in):
     chex.assert_trees_all_equal_shapes_and_dtypes(out, (h_TD, (h_TD, gate_TK, ops_weights(n_in))))
 
 
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+def test_norms_look_into_the_tuning_table(monkeypatch, recipe):
+    """Of the device's own kind and their width; an entry that cannot run shows that it was found."""
+    on_h100(monkeypatch)
+    entry = {"parameters": {"stages": 1, "behind": 1}}
+    table = {H100.device_kind: {"norm": {"512": entry}}}
+    monkeypatch.setattr(tuning, "read", lambda: table)
+    bundle = ops.make_ops("require", resolve(recipe))
+    norm = lambda width: jax.eval_shape(
+        lambda x, gain: bundle.norm(x, gain, 1e-6), jnp.zeros((8, width), jnp.bfloat16), jnp.ones(width))
+    assert norm(256).shape == (8, 256)
+    with pytest.raises(UserError, match="would wait for ever"):
+        norm(512)
+
+
 def primitives(jaxpr) -> Counter:
     """Of a program, but not of its kernels."""
     found = Counter()
@@ -150,7 +166,8 @@ def test_every_norm_of_small_moe_is_a_kernel(monkeypatch, recipe):
     on_h100(monkeypatch)
     bundle = ops.make_ops("require", resolve(recipe))
     monkeypatch.undo()
-    config = dataclasses.replace(load_config("configs/small_moe.py", []).model, scan_unroll=1)
+    config = load_config("configs/small_moe.py", []).model
+    config = dataclasses.replace(config, scan_unroll=1, mtp=dataclasses.replace(config.mtp, depth=0))
     batch = random_batch(config, length=128)
     variables = jax.eval_shape(Transformer(config, reference_ops()).init, jax.random.key(0), batch)
     traced = [jax.make_jaxpr(Transformer(config, chosen).apply)(variables, batch) for chosen in (
