@@ -166,7 +166,7 @@ def weight_gradient(
     stack, groups = ((), ()) if steps_E is None else ((len(steps_E),), (start_E // DEPTH, steps_E))
     out = jax.ShapeDtypeStruct((*stack, *shape), jnp.float32)
     if into is not None:
-        require((into.shape, into.dtype) == (out.shape, out.dtype), f"`into` is {into.dtype.name} {into.shape}; expected "
-                f"what the product is, float32 {out.shape}")
+        require((into.shape, into.dtype) == (out.shape, out.dtype), f"`into` is {into.dtype.name} {into.shape}; "
+                f"expected what the product is, float32 {out.shape}")
         out = into
     return _call(tile_of, n_tiles * math.prod(stack), True, tuning, out, *groups, *a, *b)
