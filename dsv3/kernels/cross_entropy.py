@@ -49,7 +49,7 @@ def cross_entropy_reference(x_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Arr
 
 def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Split axis 0 into chunks (no longer than it is); the last is filled with zeros, which have weight 0."""
-    chunk = min(chunk, arrays[0].shape[0])
+    chunk = max(1, min(chunk, arrays[0].shape[0]))
     n_chunks = -(-arrays[0].shape[0] // chunk)
     missing = n_chunks * chunk - arrays[0].shape[0]
     return tuple(

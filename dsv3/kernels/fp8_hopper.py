@@ -24,7 +24,6 @@ from dsv3.kernels import (
 )
 from dsv3.kernels.attention import Attention
 from dsv3.kernels.fp8_kernels import REFERENCE, Kernels
-from dsv3.kernels.norm import rms_norm
 from dsv3.kernels.scaled import TILE, Tiles
 from dsv3.kernels.scaled_dot import Products
 from dsv3.kernels.stream_hopper import Streaming
@@ -58,6 +57,10 @@ def _of_weights(w: jax.Array, operand: Operand) -> str | None:
     return None
 
 
+def _of_norm(x: jax.Array, gain: jax.Array, eps: float, *operands: Operand | None) -> str | None:
+    return _of_tokens(x, *operands) or _narrow(x.shape[1], TILE)
+
+
 def _of_swiglu(gate_up: jax.Array, *operands: Operand | None) -> str | None:
     return _of_tokens(gate_up, *operands) or _narrow(gate_up.shape[1], 2 * TILE)
 
@@ -87,16 +90,8 @@ def _products(interval: int, accumulator: str, *, kind: str, refuse: Callable[[s
     return Products(*(_either(of_operands, *pair, refuse) for pair in pairs))
 
 
-def norm_quantize(
-    x_MK: jax.Array, gain_K: jax.Array, eps: float, rows: Operand, columns: Operand | None, settings: Streaming,
-) -> tuple[Tiles, Tiles | None]:
-    """One kernel where it accepts the width of x; else RMSNorm by XLA, which a kernel quantises."""
-    if not _narrow(x_MK.shape[1], 4 * TILE):
-        return norm_quantize_hopper.norm_quantize(x_MK, gain_K, eps, rows, columns, settings)
-    normed_MK = rms_norm(x_MK, gain_K, eps)
-    if columns is None:
-        return quantize_hopper.quantize_rows(normed_MK, rows), None
-    return quantize_hopper.quantize_both(normed_MK, rows, columns)
+def _always_fits(*arguments) -> None:
+    """For a kernel whose work is squares: settings alone decide."""
 
 
 def _square(*arguments) -> tuple[int, ...]:
@@ -113,7 +108,8 @@ class Fast(NamedTuple):
     """A fast form, whose last argument are its settings.
 
     `refusal` is a function of the other arguments, `static` the positions of those that are no arrays; `default` are
-    the settings where the tuning table has none for this `entry` of the arguments.
+    the settings where the tuning table has none for this `entry` of the arguments. `no_room`, a function of all
+    arguments that the refusal lets pass, says why they do not fit into shared memory with these settings.
     """
 
     function: Callable
@@ -121,6 +117,15 @@ class Fast(NamedTuple):
     static: tuple[int, ...]
     default: Streaming
     entry: Callable = _square
+    no_room: Callable = _always_fits
+
+    def settings(self, name: str, kind: str, *arguments) -> Streaming:
+        """What the tuning table has for a device of this kind."""
+        return tuned(kind, name, self.entry(*arguments), self.default)
+
+    def refused(self, name: str, kind: str, *arguments) -> str | None:
+        """Why this form cannot run, or None."""
+        return self.refusal(*arguments) or self.no_room(*arguments, self.settings(name, kind, *arguments))
 
 
 FAST = {
@@ -137,17 +142,19 @@ FAST = {
         norm_hopper.rms_norm_hopper, lambda x, gain, eps: norm_hopper.refusal(x.shape[-1], x.dtype), (2,),
         norm_hopper.FORWARD, _width),
     "norm_quantize": Fast(
-        norm_quantize, lambda x, gain, eps, *operands: _of_tokens(x, *operands), (2, 3, 4), norm_quantize_hopper.NORM,
-        _width),
+        norm_quantize_hopper.norm_quantize, _of_norm, (2, 3, 4), norm_quantize_hopper.NORM, _width,
+        norm_quantize_hopper.no_room_to_norm),
     "swiglu_quantize": Fast(
         swiglu_quantize_hopper.swiglu_quantize, _of_swiglu, (1, 2), swiglu_quantize_hopper.FORWARD),
     "swiglu_backward_quantize": Fast(
         swiglu_quantize_hopper.swiglu_backward_quantize, _of_swiglu_backward, (3, 4, 5),
         swiglu_quantize_hopper.BACKWARD),
     "permute_tiles": Fast(
-        permute_hopper.permute_tiles, lambda *arguments: None, (), permute_hopper.PERMUTE, _width),
+        permute_hopper.permute_tiles, lambda *arguments: None, (), permute_hopper.PERMUTE, _width,
+        permute_hopper.no_room_to_permute),
     "combine_rows": Fast(
-        permute_hopper.combine_rows, lambda rows, *rest: _not_bfloat16(rows), (), permute_hopper.COMBINE, _width),
+        permute_hopper.combine_rows, lambda rows, *rest: _not_bfloat16(rows) or _narrow(rows.shape[1], TILE), (),
+        permute_hopper.COMBINE, _width, permute_hopper.no_room_to_combine),
 }
 
 
@@ -156,7 +163,7 @@ def with_settings(name: str, kind: str) -> Callable:
     fast = FAST[name]
 
     def run(*arguments):
-        return fast.function(*arguments, tuned(kind, name, fast.entry(*arguments), fast.default))
+        return fast.function(*arguments, fast.settings(name, kind, *arguments))
 
     run.__name__ = run.__qualname__ = name
     return jax.jit(run, static_argnums=fast.static)
@@ -165,7 +172,7 @@ def with_settings(name: str, kind: str) -> Callable:
 def hopper_kernels(kind: str, attention: Attention, refuse: Callable[[str], None]) -> Kernels:
     """For a device of this kind. `refuse` is told why something falls back to plain jnp, and may raise."""
     functions = {
-        name: _either(fast.refusal, with_settings(name, kind), getattr(REFERENCE, name), refuse)
+        name: _either(partial(fast.refused, name, kind), with_settings(name, kind), getattr(REFERENCE, name), refuse)
         for name, fast in FAST.items()}
     return REFERENCE._replace(
         products=partial(_products, kind=kind, refuse=refuse), attention=attention, **functions)

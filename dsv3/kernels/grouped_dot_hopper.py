@@ -58,7 +58,10 @@ def _persistent(tile_of: Callable, multiply: Callable, n_tiles: int, a_shape: tu
     """Run `n_tiles` output tiles of [BLOCK, width] over all multiprocessors.
 
     `tile_of(index, *refs)` describes a tile; `multiply(accumulator, a, b, half)` adds one step to half of its rows.
+    Sums over nothing, as of no rows, are zeros.
     """
+    if n_tiles == 0 or not all(operand.size for operand in args[-2:]):
+        return jnp.zeros(out_type.shape, out_type.dtype)
     width = b_shape[1] if multiply is not _multiply_transposed else b_shape[0]
     piece = 128 // jnp.dtype(out_type.dtype).itemsize
 

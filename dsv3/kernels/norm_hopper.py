@@ -112,7 +112,7 @@ def _send(staged, out) -> None:
 
 def _steps(x_MK: jax.Array, rows: Rows, fill: float) -> jax.Array:
     """[steps, parts, part]: whole steps, the last one filled up."""
-    n_steps = max(1, -(-len(x_MK) // rows.at_once))
+    n_steps = -(-len(x_MK) // rows.at_once)
     missing = n_steps * rows.at_once - len(x_MK)
     if missing:
         x_MK = jnp.pad(x_MK, ((0, missing), (0, 0)), constant_values=fill)

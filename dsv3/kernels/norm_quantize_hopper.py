@@ -15,7 +15,7 @@ from dsv3.config.errors import require
 from dsv3.config.quant import Operand
 from dsv3.kernels.quantize_hopper import ONE_FORM, Form, out_types, square_of, staging, write_square
 from dsv3.kernels.scaled import Tiles
-from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
+from dsv3.kernels.stream_hopper import Piece, Streaming, no_room, reuse, stream
 from dsv3.kernels.tile_hopper import (
     MATRIX,
     PER_COLUMN,
@@ -29,6 +29,22 @@ from dsv3.kernels.tile_hopper import (
 
 NORM = Streaming(stages=2, blocks=2, split=2)
 """Best on an H100. `split` is the rows of one step, each with a warpgroup of its own: a divisor of 128."""
+WARPS = 4
+
+
+def no_room_to_norm(
+        x_MK: jax.Array, gain_K: jax.Array, eps: float, rows: Operand, columns: Operand | None,
+        settings: Streaming) -> str | None:
+    """Why rows so wide do not fit into shared memory, or None."""
+    k, at_once = x_MK.shape[1], settings.split
+    row = lambda dtype: Piece((tiles_held(k), TILE), dtype)
+    staged = [row(dtype_of(rows)), Piece((tiles_held(k),), jnp.float32)] * at_once
+    return no_room(f"rows of {k} elements", settings, [row(x_MK.dtype)] * at_once, *staged, row(jnp.float32))
+
+
+def tiles_held(k: int) -> int:
+    """Tiles of a row with those of zeros that make every warp hold as many."""
+    return -(-k // (WARPS * TILE)) * WARPS
 
 
 def layout_of_row(k: int) -> plgpu.Layout:
@@ -48,10 +64,10 @@ def norm_quantize(
         settings: Streaming = NORM, column_settings: Streaming = ONE_FORM) -> tuple[Tiles, Tiles | None]:
     """`rms_norm`, rounded to the dtype of x as it is there, then quantised; the columns only where asked for.
 
-    Raises `UserError` unless K is a multiple of 512.
+    Raises `UserError` unless K is a multiple of 128.
     """
     n_rows, k = x_MK.shape
-    require(k % (4 * TILE) == 0, f"rows of {k} elements; expected a multiple of {4 * TILE}")
+    require(k % TILE == 0, f"rows of {k} elements; expected a multiple of {TILE}")
     x_MK, gain_K = jnp.pad(x_MK, ((0, -n_rows % TILE), (0, 0))), gain_K.astype(jnp.float32)
     tiles, factor_M = _normed_rows(x_MK, gain_K, eps, rows, settings)
     return tiles, None if columns is None else _normed_columns(x_MK, gain_K, factor_M, columns, column_settings)
@@ -59,9 +75,10 @@ def norm_quantize(
 
 def _normed_rows(x_MK, gain_K, eps, operand, settings):
     (m, k), at_once, whole_row = x_MK.shape, settings.split, layout_of_row(x_MK.shape[1])
-    row = lambda dtype: Piece((k // TILE, TILE), dtype, swizzle=0)
+    n_tiles, held = k // TILE, tiles_held(k)
+    row = lambda dtype, ragged=False: Piece((held, TILE), dtype, swizzle=0, ragged=ragged)
     everywhere = plgpu.Layout.TILED(
-        plgpu.Tiling(((k // TILE,),)), warp_dims=(plgpu.Replicated(4),), lane_dims=(plgpu.Replicated(32),),
+        plgpu.Tiling(((held,),)), warp_dims=(plgpu.Replicated(4),), lane_dims=(plgpu.Replicated(32),),
         vector_dim=-1)
 
     def work(step, pieces, staged, outputs):
@@ -80,19 +97,24 @@ def _normed_rows(x_MK, gain_K, eps, operand, settings):
                 reuse()
                 values_smem[...] = values
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(values_smem, outputs[0].at[index])
+                real = values_smem if held == n_tiles else values_smem.at[pl.ds(0, n_tiles)]
+                plgpu.copy_smem_to_gmem(real, outputs[0].at[index])
                 outputs[1][:, index] = scales
                 outputs[2][index] = factor
 
+    def source(i, j, x_ref, _):
+        rows = [x_ref.at[i * at_once + index] for index in range(at_once)]
+        return rows if held == n_tiles else [x.at[pl.ds(j * held, held)] for x in rows]
+
+    gain_K = jnp.pad(gain_K, (0, (held - n_tiles) * TILE))  # where a row ends in zeros, so does the gain
     values, scales, factor_M = stream(
-        work, (x_MK.reshape(m, k // TILE, TILE), gain_K.reshape(k // TILE, TILE)),
-        [jax.ShapeDtypeStruct((m, k // TILE, TILE), dtype_of(operand)),
-         jax.ShapeDtypeStruct((k // TILE, m), jnp.float32), jax.ShapeDtypeStruct((m,), jnp.float32)],
-        tiles=(m // at_once, 1), pieces=[row(x_MK.dtype)] * at_once,
-        source=lambda i, j, x_ref, _: [x_ref.at[i * at_once + index] for index in range(at_once)],
-        staging=[row(dtype_of(operand))] * at_once + [Piece((k // TILE,), jnp.float32)] * at_once,
+        work, (x_MK.reshape(m, n_tiles, TILE), gain_K.reshape(held, TILE)),
+        [jax.ShapeDtypeStruct((m, n_tiles, TILE), dtype_of(operand)),
+         jax.ShapeDtypeStruct((held, m), jnp.float32), jax.ShapeDtypeStruct((m,), jnp.float32)],
+        tiles=(m // at_once, 1), pieces=[row(x_MK.dtype, held > n_tiles)] * at_once, source=source,
+        staging=[row(dtype_of(operand))] * at_once + [Piece((held,), jnp.float32)] * at_once,
         warpgroups=at_once, settings=settings, constants=(row(jnp.float32),))
-    return Tiles(values.reshape(m, k), scales), factor_M
+    return Tiles(values.reshape(m, k), scales[:n_tiles]), factor_M
 
 
 def _normed_columns(x_MK, gain_K, factor_M, operand, settings):

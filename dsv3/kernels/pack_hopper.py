@@ -12,7 +12,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config.quant import Operand
 from dsv3.kernels.quantize_hopper import (
-    BOTH_FORMS,
     Form,
     copy_square,
     out_types,
@@ -68,7 +67,7 @@ def quantize_and_pack(
         x_MK: jax.Array, rows: Operand, kept: Operand, settings: Streaming = PACK) -> tuple[Tiles, Tiles]:
     """`quantize_rows` of a bfloat16 matrix in two formats from one read; `kept`, where it has 12 bits, is packed."""
     if format_of(kept.format).dtype is not None:
-        return tuple(quantize_forms(x_MK, [Form(rows, False), Form(kept, False)], BOTH_FORMS))
+        return tuple(quantize_forms(x_MK, [Form(rows, False), Form(kept, False)], settings))
     (m, k), split, form = map(whole, x_MK.shape), settings.split, Form(rows, columns=False)
     per_part = TILE // split
 

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.kernels.scaled import Tiles
-from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
+from dsv3.kernels.stream_hopper import Piece, Streaming, no_room, reuse, stream
 
 PERMUTE, COMBINE = Streaming(stages=3, blocks=2, split=4), Streaming(stages=3, blocks=4, split=1024)
 """Best on an H100. `split` is, to expert order, the rows of one step; back, the elements of a row at most."""
@@ -28,6 +28,21 @@ def piece_of_row(d: int, limit: int) -> tuple[int, int]:
         (next(size for size in (8, 4, 2, 1) if width % (128 * size) == 0), width)
         for width in range(128, min(d, limit) + 1, 128) if d % width == 0)
     return width, vector
+
+
+def no_room_to_permute(tiles_TD: Tiles, token_J: jax.Array, settings: Streaming) -> str | None:
+    """Why rows so wide do not fit into shared memory, or None."""
+    _, d = tiles_TD.values.shape
+    row = Piece((d,), tiles_TD.values.dtype)
+    return no_room(f"rows of {d} elements", settings, [row] * settings.split, row)
+
+
+def no_room_to_combine(
+        rows_JD: jax.Array, row_TK: jax.Array, weights_TK: jax.Array | None, settings: Streaming) -> str | None:
+    """Why the rows of one token do not fit into shared memory, or None."""
+    row = Piece(piece_of_row(rows_JD.shape[1], settings.split)[:1], rows_JD.dtype)
+    n_choices = row_TK.shape[1]
+    return no_room(f"{n_choices} rows of a token", settings, [row] * n_choices, row)
 
 
 def permute_tiles(tiles_TD: Tiles, token_J: jax.Array, settings: Streaming = PERMUTE) -> Tiles:
@@ -71,7 +86,10 @@ def permute_tiles(tiles_TD: Tiles, token_J: jax.Array, settings: Streaming = PER
 def combine_rows(
         rows_JD: jax.Array, row_TK: jax.Array, weights_TK: jax.Array | None,
         settings: Streaming = COMBINE) -> jax.Array:
-    """y_t = sum over k of weights[t, k] * rows[row_TK[t, k]], or without weights; float32 inside, k in order."""
+    """y_t = sum over k of weights[t, k] * rows[row_TK[t, k]], or without weights; float32 inside, k in order.
+
+    D must be a multiple of 128.
+    """
     (n_tokens, n_choices), d = row_TK.shape, rows_JD.shape[1]
     width, vector = piece_of_row(d, settings.split)
     lane = plgpu.Layout.WG_STRIDED((width,), vec_size=vector)

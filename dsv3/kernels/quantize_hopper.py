@@ -69,6 +69,7 @@ def write_square(
     """One warpgroup's part of the square (row, column) of an output: `piece(rows)` gives `height` rows at a time."""
     reuse()
     per_part = TILE // split
+    assert per_part % height == 0, f"{split} warpgroups have {per_part} rows each, which are not pieces of {height}"
     for start in range(0, per_part, height):
         rows = pl.ds(part * per_part + start, height)
         staged[0][rows], staged[1][rows] = piece(rows)

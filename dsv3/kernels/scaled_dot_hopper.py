@@ -33,8 +33,17 @@ MULTIPROCESSORS = 132
 CONSUMERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 2, 232, 40
 
 
-def _call(tile_of: Callable, n_tiles: int, column_scales: bool, tuning: Tuning, out: jax.ShapeDtypeStruct, *args):
-    """Run `n_tiles` tiles (or pairs); `tile_of(index, *refs)` describes one. The last four of `args` are operands."""
+def _call(
+    tile_of: Callable, n_tiles: int, column_scales: bool, tuning: Tuning, out: jax.ShapeDtypeStruct | jax.Array, *args,
+):
+    """Run `n_tiles` tiles (or pairs); `tile_of(index, *refs)` describes one. The last four of `args` are operands.
+
+    Sums over nothing, as of no tokens, are zeros. Sums are added to `out` if that is an array.
+    """
+    adds = not isinstance(out, jax.ShapeDtypeStruct)
+    if n_tiles == 0 or not all(operand.size for operand in args[-4:]):
+        return out if adds else jnp.zeros(out.shape, out.dtype)
+
     def kernel(*refs):
         tile_at = lambda index: tile_of(index, *refs)
         each_tile = partial(plgpu.nd_loop, (n_tiles,), collective_axes="multiprocessor")
@@ -50,7 +59,7 @@ def _call(tile_of: Callable, n_tiles: int, column_scales: bool, tuning: Tuning, 
             @pl.when(group < CONSUMERS)
             def _():
                 plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-                consume(shared, each_tile, tile_at, tuning, group)
+                consume(shared, each_tile, tile_at, tuning, group, adds)
 
         shapes = scratch(tuning, column_scales, (args[-4].dtype, args[-2].dtype), out.dtype)
         pl.run_scoped(run, **shapes._asdict(), collective_axes="group")
@@ -58,10 +67,15 @@ def _call(tile_of: Callable, n_tiles: int, column_scales: bool, tuning: Tuning, 
     require(tuning.stages > AHEAD, f"{tuning} would wait for ever: operands arrive {AHEAD} steps ahead, which takes at "
             f"least {AHEAD + 1} stages")
     pairs = dict(cluster=(2,), cluster_names=("pair",)) if tuning.pair else {}
-    return plgpu.kernel(
-        kernel, out_type=out, grid=(min(MULTIPROCESSORS // (2 if tuning.pair else 1), n_tiles),),
+    run = plgpu.kernel(
+        kernel, out_type=() if adds else out, grid=(min(MULTIPROCESSORS // (2 if tuning.pair else 1), n_tiles),),
         grid_names=("multiprocessor",), num_threads=3, thread_name="group",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup), **pairs)(*args)
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup), **pairs)
+    if not adds:
+        return run(*args)
+    sums = jax.new_ref(out)
+    run(*args, sums)
+    return jax.freeze(sums)
 
 
 def _grid(n_rows: int, n_columns: int, tuning: Tuning) -> tuple[int, Callable[[jax.Array], tuple]]:
@@ -117,10 +131,13 @@ def rows_times_blocks(
 
 def weight_gradient(
     a: Tiles, b: Tiles, start_E: jax.Array | None, steps_E: jax.Array | None, tuning: Tuning,
+    into: jax.Array | None = None,
 ) -> jax.Array:
     """a [D, T] b [F, T]^T over all T (float32 [D, F]), or over every expert's own tokens ([E, D, F], else zero).
 
-    Expert e has the `steps_E[e]` blocks of 128 tokens from `start_E[e]`, a multiple of 128.
+    Expert e has the `steps_E[e]` blocks of 128 tokens from `start_E[e]`, a multiple of 128. With `into`, of the shape
+    and dtype of the result, that plus the product, in the same memory where `into` is not needed any more. The copy
+    engine adds, so numbers below 2^-126 may count as 0.
     """
     width = tuning.width
     require(width % 32 == 0, f"{tuning}: the copy engine needs the {width} scales of a tile's columns to fill a "
@@ -146,7 +163,10 @@ def weight_gradient(
             lambda step: b_scales_ref.at[block(step), columns],
             _out(out_ref.at[expert] if groups else out_ref, row, column, width))
 
-    if steps_E is None:
-        return _call(tile_of, n_tiles, True, tuning, jax.ShapeDtypeStruct(shape, jnp.float32), *a, *b)
-    out = jax.ShapeDtypeStruct((len(steps_E), *shape), jnp.float32)
-    return _call(tile_of, n_tiles * len(steps_E), True, tuning, out, start_E // DEPTH, steps_E, *a, *b)
+    stack, groups = ((), ()) if steps_E is None else ((len(steps_E),), (start_E // DEPTH, steps_E))
+    out = jax.ShapeDtypeStruct((*stack, *shape), jnp.float32)
+    if into is not None:
+        require((into.shape, into.dtype) == (out.shape, out.dtype), f"`into` is {into.dtype.name} {into.shape}; "
+                f"expected what the product is, float32 {out.shape}")
+        out = into
+    return _call(tile_of, n_tiles * math.prod(stack), True, tuning, out, *groups, *a, *b)

@@ -181,11 +181,15 @@ def produce(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tuni
 
 
 class Half(NamedTuple):
-    """One of the two multiplying warpgroups (`group`), and what it does for its half of every tile's rows."""
+    """One of the two multiplying warpgroups (`group`), and what it does for its half of every tile's rows.
+
+    `adds`: the copy engine adds its sums to what the output holds.
+    """
 
     shared: Shared
     tuning: Tuning
     group: jax.Array
+    adds: bool
 
     @property
     def rows(self):
@@ -321,12 +325,16 @@ class Half(NamedTuple):
                 values = totals[first // self.segment][:, inside:inside + chunk]
                 staged.at[:, pl.ds(first - i * piece, chunk)][...] = values
             plgpu.commit_smem()
-            pl.when(there)(partial(plgpu.copy_smem_to_gmem, staged, tile.out(self.group, i * piece, piece)))
+            pl.when(there)(partial(
+                plgpu.copy_smem_to_gmem, staged, tile.out(self.group, i * piece, piece),
+                reduction_op="add" if self.adds else None))
 
 
-def consume(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tuning, group: jax.Array) -> None:
+def consume(
+    shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tuning, group: jax.Array, adds: bool,
+) -> None:
     """Multiply one half of every tile, and write it out while the first products of the next one run."""
-    half = Half(shared, tuning, group)
+    half = Half(shared, tuning, group, adds)
     rounded = lambda totals: [total.astype(shared.out.dtype) for total in totals]
     write = lambda index, totals: half.write(tile_at(lax.max(index, jnp.int32(0))), index >= 0, totals)
 

@@ -5,6 +5,7 @@ inputs of a block's next tiles while its warpgroups work on the present one; the
 from where the copy engine writes them out. Several blocks on a multiprocessor hide each other's latencies.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ from dsv3.config import require
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernels are right, only less evenly spread."""
+SHARED_BYTES = 227 * 1024
+"""Of shared memory that a thread block may have."""
+ALIGNMENT, REDUCTIONS = 1024, 2048
+"""What Mosaic rounds every array in shared memory up to, and what it adds for reductions."""
 
 
 class Streaming(NamedTuple):
@@ -38,12 +43,18 @@ class Streaming(NamedTuple):
 class Piece(NamedTuple):
     """An array in shared memory. `swizzle`: bytes of a row that stay together, the unit of slices along rows.
 
-    Without a swizzle, as for vectors, the array is one run of bytes, and so must its source be.
+    Without a swizzle, as for vectors, the array is one run of bytes, and so must its source be, unless it is `ragged`:
+    partly beyond the array it comes from, where zeros are read, as for all matrices with a swizzle.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     swizzle: int = 128
+    ragged: bool = False
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
     def smem(self, stages: int | None):
         """Room for it, or for `stages` of them: matrices swizzled, so that neither rows nor columns share banks."""
@@ -80,6 +91,15 @@ class Step(NamedTuple):
         plgpu.barrier_wait(self.met)
 
 
+def no_room(what: str, settings: Streaming, pieces: list[Piece], *lasting: Piece) -> str | None:
+    """Why `what` does not fit into shared memory, or None: `stages` of the pieces, and one of what is `lasting`."""
+    whole = lambda piece, number: -(-number * piece.n_bytes // ALIGNMENT) * ALIGNMENT
+    n_bytes = sum(whole(piece, settings.stages) for piece in pieces) + sum(whole(piece, 1) for piece in lasting)
+    n_bytes += REDUCTIONS + 8 * (2 * settings.stages + 2)  # as well as barriers
+    return None if n_bytes <= SHARED_BYTES else (
+        f"{what}: {n_bytes} bytes of shared memory with {settings}, of which a thread block has {SHARED_BYTES}")
+
+
 def transforms(piece: Piece) -> tuple:
     """The layout of matrices that the copy engine and the matrix loads agree on."""
     width = piece.swizzle // jnp.dtype(piece.dtype).itemsize
@@ -98,8 +118,11 @@ def stream(
     is one warpgroup's share, which calls `reuse()` before it writes what it copies out of `staging`. The last arguments
     may be `constants`, which stay in shared memory as `step.constants`. `approximate` takes the device's own
     exponential, good to about 1e-6, which is seven instructions shorter. With a `carry`, `work` returns the next one.
+    No tiles, as of no tokens, leave zeros.
     """
     tall, wide = tiles
+    if tall * wide == 0:
+        return [jnp.zeros(out.shape, out.dtype) for out in out_type]
     stages, behind, n_blocks = settings.stages, settings.behind, blocks_for(tall * wide, settings)
     require(0 <= behind < stages, f"{settings} would wait for ever: `behind` must be less than `stages`")
 
@@ -170,7 +193,7 @@ def blocks_for(tiles: int, settings: Streaming) -> int:
 def copy_in(part, room, barrier, piece: Piece) -> None:
     """Bring a part of device memory into its room."""
     # One run of bytes of any length must be known to lie inside the array; of a matrix, what lies outside reads as 0.
-    inside = None if transforms(piece) else plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+    inside = None if piece.ragged or transforms(piece) else plgpu.OOBFillMode.PROMISE_IN_BOUNDS
     plgpu.copy_gmem_to_smem(part, room, barrier, oob_mode=inside)
 
 

@@ -100,9 +100,9 @@ def _moe_forward(h_TD, topk_TK, weights_TK, weights, ff):
         (up, up_dgrad), (down, down_dgrad) = map(quantize_weights, weights, (ff.up, ff.down))
         gate_up_JF = ff.up.products.grouped_dot(rows, up, expert_Z, dtype)[:, :f2]
         h, kept = ff.activate(gate_up_JF)
-        out_JD = ff.down.products.grouped_dot(h, down, expert_Z, dtype)[:, :d]
-    with jax.named_scope("combine"):
-        y_TD = kernels.combine_rows(out_JD, plan.row_TK, weights_TK)
+        out_JD = ff.down.products.grouped_dot(h, down, expert_Z, dtype)
+    with jax.named_scope("combine"):  # of whole tiles, as kernels want them; the columns of padding go after
+        y_TD = kernels.combine_rows(out_JD, plan.row_TK, weights_TK)[:, :d]
     return y_TD, (waiting, kept, up_dgrad, down_dgrad, plan, sizes_E, weights_TK, Width(f2 // 2))
 
 
@@ -142,9 +142,9 @@ def _moe_backward(ff, residuals, d_y_TD):
         d_y_columns = kernels.requantize_columns(d_y_rows, ff.down.rule.wgrad_dy)
         d_down_EFD = ff.down.products.grouped_weight_gradient(h_columns, d_y_columns, *extent)[:, :f, :d]
         d_up_EDF = ff.up.products.grouped_weight_gradient(rows_columns, columns, *extent)[:, :d, :2 * f]
-        d_rows_JD = ff.up.products.grouped_dot(rows, up_dgrad, expert_Z, dtype)[:, :d]
+        d_rows_JD = ff.up.products.grouped_dot(rows, up_dgrad, expert_Z, dtype)
     with jax.named_scope("combine"):
-        d_h_TD = kernels.combine_rows(d_rows_JD, plan.row_TK, None)
+        d_h_TD = kernels.combine_rows(d_rows_JD, plan.row_TK, None)[:, :d]
     return d_h_TD, None, d_weight_J[plan.row_TK], ExpertWeights(d_up_EDF, d_down_EFD)
 
 

@@ -80,7 +80,7 @@ def norm_linear(
             continue
         products = _norm_dot(
             x.reshape(-1, x.shape[-1]), gain, matrices, eps, Linear(names[0], rule, recipe.kernels))
-        outputs += [checkpoint_name(y_MN.reshape(*x.shape[:-1], -1), name)
+        outputs += [checkpoint_name(y_MN.reshape(x.shape[:-1] + y_MN.shape[-1:]), name)
                     for name, y_MN in zip(names, products, strict=True)]
     return tuple(outputs)
 
@@ -192,7 +192,7 @@ def mlp(recipe: Recipe, sites: tuple[str, str], x: jax.Array, gate_up: jax.Array
         return linear(recipe, sites[1], swiglu(hidden), down)
     network = fp8_feed_forward.FeedForward(up_place, down_place, recipe.quant.swiglu_kept)
     y_MD = fp8_feed_forward.mlp(x.reshape(-1, x.shape[-1]), gate_up, down, network)
-    return checkpoint_name(y_MD.reshape(*x.shape[:-1], -1), sites[1])
+    return checkpoint_name(y_MD.reshape(x.shape[:-1] + y_MD.shape[-1:]), sites[1])
 
 
 def moe(

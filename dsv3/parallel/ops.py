@@ -9,7 +9,7 @@ from absl import logging
 from dsv3.config import QuantConfig, UserError, require
 from dsv3.kernels import attention_cudnn, attention_rotary_hopper, grouped_dot_hopper, norm_hopper
 from dsv3.kernels.attention import ATTENTION, Attention, Heads, attend
-from dsv3.kernels.fp8_hopper import hopper_kernels
+from dsv3.kernels.fp8_hopper import hopper_kernels, with_settings
 from dsv3.kernels.fp8_kernels import REFERENCE, Kernels
 from dsv3.kernels.grouped_dot import grouped_dot
 from dsv3.kernels.norm import rms_norm
@@ -50,9 +50,9 @@ def chosen_attention(kind: str, refuse: Callable[[str], None]) -> Attention:
         lambda heads, *rest: choose(heads).backward(heads, *rest))
 
 
-def with_fallbacks(attention: Attention, refuse: Callable[[str], None]) -> Ops:
-    """The Hopper bundle with this attention, whose operations call `refuse(reason)` on shapes they cannot run, and then
-    take the reference."""
+def with_fallbacks(kind: str, attention: Attention, refuse: Callable[[str], None]) -> Ops:
+    """The Hopper bundle with this attention for a device of this kind, whose operations call `refuse(reason)` on shapes
+    they cannot run, and then take the reference."""
     def product(rows_JD, sizes_E, w_EDF, block):
         reason = grouped_dot_hopper.refusal(*w_EDF.shape[1:], rows_JD.dtype, block)
         if reason:
@@ -60,7 +60,7 @@ def with_fallbacks(attention: Attention, refuse: Callable[[str], None]) -> Ops:
         run = grouped_dot if reason else grouped_dot_hopper.grouped_dot_hopper
         return run(rows_JD, sizes_E, w_EDF, block)
 
-    fast_norm = jax.jit(norm_hopper.rms_norm_hopper, static_argnums=2)  # by itself: equal layers lower it once
+    fast_norm = with_settings("norm", kind)
 
     def norm(x, gain, eps):
         reason = norm_hopper.refusal(x.shape[-1], x.dtype)
@@ -79,7 +79,8 @@ def with_recipe(recipe: QuantConfig | None, base: Ops, kernels: Callable[[], Ker
 def _on_hopper(recipe: QuantConfig | None, refuse: Callable[[str], None]) -> Ops:
     kind = jax.devices()[0].device_kind
     attention = chosen_attention(kind, refuse)
-    return with_recipe(recipe, with_fallbacks(attention, refuse), partial(hopper_kernels, kind, attention, refuse))
+    base = with_fallbacks(kind, attention, refuse)
+    return with_recipe(recipe, base, partial(hopper_kernels, kind, attention, refuse))
 
 
 def text_ops(recipe: QuantConfig | None) -> Ops:
@@ -92,8 +93,14 @@ def _reference(recipe: QuantConfig | None, **settings) -> Ops:
 
 
 def _auto(recipe: QuantConfig | None) -> Ops:
-    """Warns once per reason and bundle; the bundle is built once a program."""
-    return _on_hopper(recipe, partial(_warn, set())) if is_hopper(jax.devices()[0]) else _reference(recipe)
+    """Warns once per reason and bundle; the bundle is built once a program. A CPU is expected to be slow."""
+    device, refuse = jax.devices()[0], partial(_warn, set())
+    if is_hopper(device):
+        return _on_hopper(recipe, refuse)
+    if device.platform == "gpu":
+        refuse(f"{device.device_kind} has compute capability {device.compute_capability}; all kernels are for Hopper's "
+               "(9.0)")
+    return _reference(recipe)
 
 
 def _require(recipe: QuantConfig | None) -> Ops:

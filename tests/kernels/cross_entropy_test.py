@@ -107,6 +107,15 @@ def test_all_weights_zero_is_a_loss_of_zero():
     assert not any(np.any(g) for g in gradients(lambda *arrays: cross_entropy(*arrays, 4), x, w, *rest))
 
 
+def test_no_tokens_are_a_loss_of_zero():
+    x_TD, w_DV, targets_T, weights_T = problem()
+    nothing = x_TD[:0], w_DV, targets_T[:0], weights_T[:0]
+    loss = cross_entropy(*nothing, 8)
+    assert loss.total == 0 and loss.nll_T.shape == loss.argmax_T.shape == (0,)
+    d_x_TD, d_w_DV = jax.grad(lambda x, w: cross_entropy(x, w, *nothing[2:], 8).total, (0, 1))(*nothing[:2])
+    assert d_x_TD.shape == nothing[0].shape and d_w_DV.shape == w_DV.shape and not np.any(d_w_DV)
+
+
 def test_ties_go_to_the_lowest_index():
     x = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     w = jnp.array([[1.0, 3.0, 3.0, 2.0], [-1.0, -2.0, -1.0, -1.0]])

@@ -16,10 +16,12 @@ from dsv3.kernels.attention import ATTENTION
 from dsv3.kernels.fp8_hopper import FAST, hopper_kernels
 from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.quantized_dot import quantized_dot
+from dsv3.kernels.scaled import Tiles
 from dsv3.model.fp8_ops import fp8_ops
 from dsv3.model.ops import ExpertWeights
 
 KIND = "a kind without an entry in the tuning table"
+FPROP = resolve("fp8").default.fprop_x
 BOUND = 0.01
 """Norm-wise; both sides round to bfloat16 (0.002) and some codes fall to their neighbours."""
 
@@ -57,9 +59,10 @@ def test_a_linear_of_ragged_widths(name):
 
 @pytest.mark.slow
 def test_experts():
-    """Unequal loads, one expert without rows: dispatch, both products, SwiGLU, combine, and all gradients."""
+    """Unequal loads, one expert without rows, a width of one tile and a half: dispatch, both products, SwiGLU, combine,
+    and all gradients."""
     rng = np.random.default_rng(1)
-    t, d, f, e = 96, 256, 128, 3
+    t, d, f, e = 96, 192, 128, 3
     bfloat16, float32 = (partial(jnp.asarray, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
     topk_TK = jnp.asarray(np.where(rng.random((t, 2)) < 0.8, 0, 2), jnp.int32)
     h_TD, d_y_TD = bfloat16(rng.standard_normal((t, d))), bfloat16(rng.standard_normal((t, d)))
@@ -122,6 +125,39 @@ def test_what_no_kernel_can_do_is_said_and_done_by_the_reference(recipe, wanted)
     else:
         kernels.quantize_rows(x, rule.fprop_x)
     assert any(wanted in reason for reason in reasons)
+
+
+TOO_WIDE = {
+    "norm_quantize": lambda kernels, x, gain: kernels.norm_quantize(x, gain, 1e-6, FPROP, None),
+    "permute_tiles": lambda kernels, x, gain: kernels.permute_tiles(
+        Tiles(x.astype(jnp.float8_e4m3fn), gain.reshape(-1, 128, 128)[0]), jnp.zeros(256, jnp.int32)),
+    "combine_rows": lambda kernels, x, gain: kernels.combine_rows(x[:, :1024], jnp.zeros((8, 64), jnp.int32), None),
+}
+
+
+@pytest.mark.parametrize("name, wanted", [
+    ("norm_quantize", "rows of 16384 elements"), ("permute_tiles", "rows of 32768 elements"),
+    ("combine_rows", "64 rows of a token")])
+def test_what_does_not_fit_into_shared_memory_is_refused(name, wanted):
+    """Mosaic would refuse it at the lowering, in its own words."""
+    d, reasons = 32_768 if name == "permute_tiles" else 16_384, []
+    x, gain = jnp.zeros((128, d), jnp.bfloat16), jnp.zeros(d)
+    run = partial(TOO_WIDE[name], hopper_kernels(KIND, ATTENTION, reasons.append))
+    text = jax.jit(run).trace(x, gain).lower(lowering_platforms=("cuda",)).as_text()
+    assert len(reasons) == 1 and reasons[0].startswith(wanted) and "shared memory" in reasons[0]
+    assert "mosaic_gpu" not in text
+
+
+def test_what_just_fits_into_shared_memory_is_not_refused():
+    """Mosaic's own count decides: these are the widest that it lowers, but for what is kept for reductions."""
+    kernels = hopper_kernels(KIND, ATTENTION, fail)
+    x = jax.ShapeDtypeStruct((128, 7168), jnp.bfloat16)
+    rows = jax.ShapeDtypeStruct((8, 37), jnp.int32)
+    combine = jax.jit(lambda x, rows: kernels.combine_rows(x, rows, None)).trace(x, rows)
+    wide = jax.ShapeDtypeStruct((128, 15_872), jnp.bfloat16), jax.ShapeDtypeStruct((15_872,), jnp.float32)
+    norm = jax.jit(lambda x, gain: kernels.norm_quantize(x, gain, 1e-6, FPROP, None)).trace(*wide)
+    for traced in (combine, norm):
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_refusals_of_products():

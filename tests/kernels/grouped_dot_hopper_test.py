@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from tiny_models import distance
 
 from dsv3.kernels.grouped_dot import block_starts, grouped_dot, padded_rows
-from dsv3.kernels.grouped_dot_hopper import BLOCK, grouped_dot_hopper, refusal, tile_width
+from dsv3.kernels.grouped_dot_hopper import BLOCK, STEP, grouped_dot_hopper, refusal, tile_width
 
 SIZES = {
     "ragged, one empty": [130, 0, 5, 128],
@@ -89,3 +89,31 @@ def test_refuses_what_it_cannot_tile(n_in, n_out, dtype, block, why):
 def test_accepts_what_it_can():
     assert refusal(7168, 4096, jnp.bfloat16, 256) is None
     assert tile_width(1280) == 256 and tile_width(384) == 128
+
+
+@pytest.mark.parametrize("spoiled", ["a row", "the gradient of a row", "a weight"])
+def test_a_nan_stays_with_its_row_and_expert(spoiled):
+    """In the first row of the second of two experts: the last step of the first one ends before it."""
+    sizes, n_in, n_out, row = [BLOCK - STEP // 2, 2], 128, 256, BLOCK
+    rows_JD, sizes_E, d_out_JF, w_EDF = (x[:2 * BLOCK] for x in problem(sizes, n_in, n_out))
+    if spoiled == "a row":
+        rows_JD = rows_JD.at[row, 5].set(jnp.nan)
+    elif spoiled == "a weight":
+        w_EDF = w_EDF.at[1, 5, 7].set(jnp.nan)
+    else:
+        d_out_JF = d_out_JF.at[row, 7].set(jnp.nan)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        found = jax.block_until_ready(
+            value_and_gradients(grouped_dot_hopper, rows_JD, sizes_E, d_out_JF, w_EDF, BLOCK))
+    out, d_rows, d_w = (np.isnan(np.asarray(x, np.float32)) for x in found)
+    rows, of_second = np.arange(2 * BLOCK)[:, None], np.arange(2)[:, None, None] == 1
+    columns, inputs = np.arange(n_out), np.arange(n_in)
+    nowhere = lambda like: np.zeros(like.shape, bool)
+    expected = {
+        "a row": ((rows == row) & (columns >= 0), nowhere(d_rows), of_second & (inputs[:, None] == 5) & (columns >= 0)),
+        "the gradient of a row": (
+            nowhere(out), (rows == row) & (inputs >= 0), of_second & (inputs[:, None] >= 0) & (columns == 7)),
+        "a weight": ((rows >= row) & (columns == 7), (rows >= row) & (inputs == 5), nowhere(d_w)),
+    }
+    for got, wanted in zip((out, d_rows, d_w), expected[spoiled], strict=True):
+        np.testing.assert_array_equal(got, wanted)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hopper_kernels import E4M3, OPERANDS, assert_same, interpreted, name_of, numbers_of, reference, slow, wild
 
+from dsv3.config import UserError
 from dsv3.kernels import quantize
 from dsv3.kernels.pack_hopper import quantize_and_pack, unpack_both
 from dsv3.kernels.scaled import Tiles, pack_tiles
@@ -39,6 +40,14 @@ def test_one_read_unpacks_for_both(kept, streaming):
     numbers = numbers_of(tiles)
     assert_same((x_MK,), (jnp.asarray(numbers, jnp.bfloat16),))
     assert_same(columns, reference(numbers.T, E4M3))
+
+
+@pytest.mark.parametrize("kept", [KEPT, OPERANDS[3]], ids=name_of)
+def test_settings_reach_the_kernel(kept):
+    """In 12 bits and in 8: these would wait for ever, which the frame refuses."""
+    x_MK, stuck = jnp.zeros((128, 128), jnp.bfloat16), Streaming(1, 1, 1, behind=1)
+    with pytest.raises(UserError, match="would wait for ever"):
+        jax.eval_shape(lambda x: quantize_and_pack(x, POWER, kept, stuck), x_MK)
 
 
 def test_the_reference_is_its_parts_and_what_was_packed_comes_back():

@@ -47,6 +47,36 @@ def test_rows_are_summed_in_float32_in_the_order_of_the_choices(streaming, weigh
         np.testing.assert_array_equal(np.asarray(actual), np.asarray(jnp.asarray(expected_TD, jnp.bfloat16)))
 
 
+def test_a_nan_moves_with_its_token_only():
+    """The last token is what rows of padding load, too."""
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.standard_normal((TOKENS, WIDTH)), jnp.float8_e4m3fn).at[[5, TOKENS - 1], 3].set(jnp.nan)
+    scales = jnp.ones((WIDTH // 128, TOKENS)).at[1, 5].set(jnp.nan)
+    token_J = rng.integers(0, TOKENS, 32)
+    token_J[[0, 7, 8]] = 5, TOKENS, TOKENS - 1
+    moved = interpreted(
+        lambda v, s, t: permute_tiles(Tiles(v, s), t, Streaming(2, 1, 4, 2)), values, scales,
+        jnp.asarray(token_J, jnp.int32))
+    spoiled_J = (token_J == 5) | (token_J == TOKENS - 1)
+    expected = spoiled_J[:, None] & (np.arange(WIDTH) == 3)
+    np.testing.assert_array_equal(np.isnan(np.asarray(moved.values, np.float32)), expected)
+    np.testing.assert_array_equal(np.isnan(moved.scales), np.outer(np.arange(WIDTH // 128) == 1, token_J == 5))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_nan_spoils_the_sums_it_is_in_only(weighted):
+    """Of a row, and of a weight, which spoils all of its token."""
+    rows_JD = jnp.ones((TOKENS * CHOICES, WIDTH), jnp.bfloat16).at[17, 300].set(jnp.nan)
+    row_TK = np.random.default_rng(1).permutation(TOKENS * CHOICES).reshape(TOKENS, CHOICES).astype(np.int32)
+    weights_TK = jnp.ones((TOKENS, CHOICES)).at[2, 1].set(jnp.nan)
+    y_TD = interpreted(
+        lambda rows, row, weights: combine_rows(rows, row, weights if weighted else None, Streaming(3, 2, 128, 2)),
+        rows_JD, row_TK, weights_TK)
+    expected = (row_TK == 17).any(axis=1)[:, None] & (np.arange(WIDTH) == 300)
+    expected[2] |= weighted
+    np.testing.assert_array_equal(np.isnan(np.asarray(y_TD, np.float32)), expected)
+
+
 @pytest.mark.parametrize("d, expected", [(7168, (1024, 8)), (1280, (256, 2)), (128, (128, 1)), (5120, (1024, 8))])
 def test_pieces_of_rows_are_read_in_wide_words(d, expected):
     assert piece_of_row(d, 1024) == expected

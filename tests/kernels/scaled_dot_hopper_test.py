@@ -112,6 +112,78 @@ def test_a_grouped_weight_gradient(tuning):
         assert_close(actual[e], a_numbers[:, of_e] @ b_numbers[:, of_e].T)
 
 
+@pytest.fixture
+def copies_that_add(monkeypatch):
+    """What the interpreter lacks: the copy engine's addition, done by the warpgroup at once."""
+    copy = plgpu.copy_smem_to_gmem
+
+    def copy_or_add(source, target, *, reduction_op):
+        if reduction_op is None:
+            copy(source, target)
+        else:
+            assert reduction_op == "add"
+            target[...] = target[...] + source[...]
+
+    monkeypatch.setattr(plgpu, "copy_smem_to_gmem", copy_or_add)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", [
+    Tuning(128, 3, None, 8), Tuning(192, 3, "a", 8), Tuning(128, 4, "b", 1)], ids=str)
+def test_a_weight_gradient_is_added_to_what_there_is(tuning, copies_that_add):
+    """Twice, as of two micro-batches; an array that is needed again stays as it is."""
+    rng = np.random.default_rng(10)
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 256, 256), tiles(rng, 384, 256)
+    there = jnp.asarray(rng.standard_normal((256, 384)), jnp.float32)
+
+    def add(there, a, b):
+        once = weight_gradient(a, b, None, None, tuning, there)
+        return there, once, weight_gradient(a, b, None, None, tuning, once)
+
+    product = a_numbers @ b_numbers.T
+    before, *sums = run(lambda *arrays: np.stack(jax.jit(add)(*arrays)), there, a, b)
+    np.testing.assert_array_equal(before, there)
+    for times, actual in enumerate(sums, start=1):
+        assert_close(actual, np.asarray(there, np.float64) + times * product)
+
+
+def test_gradients_of_experts_are_added_to_what_there_is(copies_that_add):
+    """An expert without tokens keeps what it had."""
+    rng = np.random.default_rng(11)
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 128, 640), tiles(rng, 128, 640)
+    there = jnp.asarray(rng.standard_normal((3, 128, 128)), jnp.float32)
+    start_E, steps_E = np.array([0, 256, 256], np.int32), np.array([2, 0, 3], np.int32)
+    actual = run(weight_gradient, a, b, jnp.asarray(start_E), jnp.asarray(steps_E), Tuning(128, 3, None, 8), there)
+    np.testing.assert_array_equal(actual[1], there[1])
+    for e, (start, steps) in enumerate(zip(start_E, steps_E, strict=True)):
+        of_e = slice(start, start + 128 * steps)
+        assert_close(actual[e], there[e] + a_numbers[:, of_e] @ b_numbers[:, of_e].T)
+
+
+def test_what_a_gradient_is_added_to_is_reused_and_added_by_the_copy_engine():
+    """In the program for a GPU: an output in the place of an operand. Without `into` there is none."""
+    shape = jax.ShapeDtypeStruct
+    operands = [Tiles(shape((n, 256), jnp.float8_e4m3fn), shape((2, n), jnp.float32)) for n in (256, 128)]
+    product = jax.jit(lambda a, b, *into: weight_gradient(a, b, None, None, Tuning(), *into))
+    for into, wanted in ([], 0), ([shape((256, 128), jnp.float32)], 1):
+        text = product.trace(*operands, *into).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("@mosaic_gpu") == 1
+        assert text.count("output_operand_alias<") == wanted
+
+
+@pytest.mark.parametrize("like", [((256, 64), jnp.float32), ((256, 128), jnp.bfloat16), ((1, 256, 128), jnp.float32)])
+def test_a_gradient_is_added_to_its_like_only(like):
+    (a, _), (b, _) = tiles(np.random.default_rng(0), 256, 128), tiles(np.random.default_rng(0), 128, 128)
+    with pytest.raises(UserError, match=r"`into` is .*expected what the product is, float32 \(256, 128\)"):
+        weight_gradient(a, b, None, None, Tuning(), jnp.zeros(*like))
+
+
+def test_no_tokens_add_nothing():
+    nothing = Tiles(jnp.zeros((128, 0), jnp.float8_e4m3fn), jnp.zeros((0, 128)))
+    there = jnp.full((128, 128), 3.0)
+    np.testing.assert_array_equal(weight_gradient(nothing, nothing, None, None, Tuning(), there), there)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("steps_E", [(0, 0, 0), (1, 0, 5)], ids=str)
 @pytest.mark.parametrize("pair", [None, "a", "b"])

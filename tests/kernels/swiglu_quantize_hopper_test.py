@@ -65,6 +65,41 @@ def test_backward(settings, kept, weighted):
         assert actual[3] is None
 
 
+def spoiled(tiles: Tiles, where) -> None:
+    """NaN in the codes and scales of these (row, tile), and nowhere else."""
+    expected = np.zeros(tiles.scales.T.shape, bool)
+    for row, tile in where:
+        expected[row, tile] = True
+    np.testing.assert_array_equal(np.isnan(tiles.scales).T, expected)
+    np.testing.assert_array_equal(np.isnan(np.asarray(tiles.values, np.float32)), np.repeat(expected, 128, axis=1))
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_nan_spoils_its_own_tiles_only(half):
+    """Of gate or of up, forward."""
+    gate_up_MF = normal(0, 128, 512).at[7, 256 * half + 130].set(jnp.nan)
+    h, waiting = interpreted(lambda x: swiglu_quantize(x, E4M3, E4M3, SETTINGS["two parts"]), gate_up_MF)
+    spoiled(h, [(7, 1)])
+    spoiled(waiting, [(7, 1 + 2 * half)])
+
+
+@pytest.mark.parametrize("of_gradient", [True, False])
+def test_a_nan_spoils_its_own_tiles_only_backward(of_gradient):
+    """Of the gradient of h, which h does not see, or of gate, with rows of padding behind it."""
+    gate_up_MF, d_h_MF = normal(0, 130, 256), normal(1, 130, 128)
+    if of_gradient:
+        d_h_MF = d_h_MF.at[129, 3].set(jnp.nan)
+    else:
+        gate_up_MF = gate_up_MF.at[129, 3].set(jnp.nan)
+    rows, columns, h_columns, d_weight = interpreted(
+        lambda kept, d_h, weight: swiglu_backward_quantize(
+            kept, d_h, weight, E4M3, E4M3, E4M3, BACKWARD["two parts"]), gate_up_MF, d_h_MF, jnp.ones(130))
+    spoiled(rows, [(129, 0), (129, 1)])
+    spoiled(columns, [(3, 1), (131, 1)])
+    spoiled(h_columns, [] if of_gradient else [(3, 1)])
+    np.testing.assert_array_equal(np.isnan(d_weight), np.arange(130) == 129)
+
+
 @pytest.mark.slow
 def test_rows_of_padding_change_nothing():
     gate_up_MF, d_h_MF = normal(0, 130, 256), normal(1, 130, 128)

@@ -1,23 +1,35 @@
 """The choice of kernels: by device, by shape, or refused in one line."""
 
+import dataclasses
+from collections import Counter
 from types import SimpleNamespace
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from tiny_models import model_config, random_batch, random_variables
 
-from dsv3.config import UserError
+from dsv3.config import UserError, resolve
+from dsv3.kernels import tuning
 from dsv3.model.ops import ExpertWeights, attention, reference_ops
 from dsv3.model.transformer import Transformer
 from dsv3.parallel import ops
+from experiments.launch import load_config
 
 H100 = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
 
 
 def on_h100(monkeypatch):
     monkeypatch.setattr(ops.jax, "devices", lambda: [H100])
+
+
+def warnings_of(monkeypatch):
+    found = []
+    monkeypatch.setattr(ops.logging, "warning", lambda message, *values: found.append(message % values))
+    return found
 
 
 def test_an_unknown_name_is_a_users_mistake():
@@ -39,14 +51,35 @@ def test_hopper_is_compute_capability_9_0(changes, hopper):
     assert ops.is_hopper(SimpleNamespace(**(vars(H100) | changes))) == hopper
 
 
+@pytest.mark.parametrize("kind, capability", [("NVIDIA A100-SXM4-80GB", "8.0"), ("NVIDIA B200", "10.0")])
+@pytest.mark.parametrize("recipe", [None, resolve("fp8")])
+def test_another_gpu_is_warned_about_once(monkeypatch, kind, capability, recipe):
+    device = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=kind)
+    monkeypatch.setattr(ops.jax, "devices", lambda: [device])
+    warnings = warnings_of(monkeypatch)
+    bundle = ops.make_ops("auto", recipe)
+    assert len(warnings) == 1
+    assert "falling back" in warnings[0] and f"{kind} has compute capability {capability}" in warnings[0]
+    ops.make_ops("reference", recipe)
+    with pytest.raises(UserError, match=kind):
+        ops.make_ops("require", recipe)
+    monkeypatch.undo()
+    jax.eval_shape(bundle.moe, *ops_tokens(192), ops_weights(192))
+    assert len(warnings) == 1
+
+
+def test_a_cpu_is_no_surprise(monkeypatch):
+    warnings = warnings_of(monkeypatch)
+    ops.make_ops("auto", None)
+    assert not warnings
+
+
 def test_refused_shapes_take_the_reference_and_warn_once_each(monkeypatch):
     """A miniature in float32 on a pretended H100: no kernel accepts it, so the losses are the reference's."""
     on_h100(monkeypatch)
-    warnings = []
-    monkeypatch.setattr(ops.logging, "warning", lambda message, *values: warnings.append(message % values))
     bundle, config = ops.make_ops("auto", None), model_config()
     monkeypatch.undo()
-    monkeypatch.setattr(ops.logging, "warning", lambda message, *values: warnings.append(message % values))
+    warnings = warnings_of(monkeypatch)
     variables, batch = random_variables(config), random_batch(config)
     losses = [jax.jit(Transformer(config, chosen).apply)(variables, batch) for chosen in (bundle, reference_ops())]
     chex.assert_trees_all_close(*losses, rtol=1e-4)
@@ -83,6 +116,100 @@ def ops_tokens(n_in):
 
 def ops_weights(n_in):
     return ExpertWeights(jnp.zeros((2, n_in, 512)), jnp.zeros((2, 256, n_in)))
+
+
+@pytest.mark.parametrize("n_in", [576, 2112])
+def test_experts_in_8_bits_of_broken_tiles_reach_the_kernels(monkeypatch, n_in):
+    """Both ways, and nothing is refused: rows are combined in whole tiles."""
+    on_h100(monkeypatch)
+    moe = ops.make_ops("require", resolve("fp8")).moe
+    monkeypatch.undo()
+    h_TD, topk_TK, gate_TK = ops_tokens(n_in)
+
+    def run(h_TD, gate_TK, weights):
+        y_TD, vjp = jax.vjp(lambda h, gate, weights: moe(h, topk_TK, gate, weights), h_TD, gate_TK, weights)
+        return y_TD, vjp(y_TD)
+
+    out = jax.eval_shape(run, h_TD, gate_TK, ops_weights(n_in))
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, (h_TD, (h_TD, gate_TK, ops_weights(n_in))))
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+def test_norms_look_into_the_tuning_table(monkeypatch, recipe):
+    """Of the device's own kind and their width; an entry that cannot run shows that it was found."""
+    on_h100(monkeypatch)
+    entry = {"parameters": {"stages": 1, "behind": 1}}
+    table = {H100.device_kind: {"norm": {"512": entry}}}
+    monkeypatch.setattr(tuning, "read", lambda: table)
+    bundle = ops.make_ops("require", resolve(recipe))
+    norm = lambda width: jax.eval_shape(
+        lambda x, gain: bundle.norm(x, gain, 1e-6), jnp.zeros((8, width), jnp.bfloat16), jnp.ones(width))
+    assert norm(256).shape == (8, 256)
+    with pytest.raises(UserError, match="would wait for ever"):
+        norm(512)
+
+
+def primitives(jaxpr) -> Counter:
+    """Of a program, but not of its kernels."""
+    found = Counter()
+    for equation in jaxpr.eqns:
+        found[equation.primitive.name] += 1
+        if equation.primitive.name != "mpmd_map":  # a kernel
+            for inner in jaxprs_in_params(equation.params):
+                found += primitives(inner)
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+def test_every_norm_of_small_moe_is_a_kernel(monkeypatch, recipe):
+    """Its widths are 1280, 512 and 256, and `require` refuses nothing. The reference shows what would be found."""
+    on_h100(monkeypatch)
+    bundle = ops.make_ops("require", resolve(recipe))
+    monkeypatch.undo()
+    config = load_config("configs/small_moe.py", []).model
+    config = dataclasses.replace(config, scan_unroll=1, mtp=dataclasses.replace(config.mtp, depth=0))
+    batch = random_batch(config, length=128)
+    variables = jax.eval_shape(Transformer(config, reference_ops()).init, jax.random.key(0), batch)
+    traced = [jax.make_jaxpr(Transformer(config, chosen).apply)(variables, batch) for chosen in (
+        bundle, reference_ops())]
+    kernels, plain = (primitives(jaxpr.jaxpr) for jaxpr in traced)
+    assert kernels["rsqrt"] == 0 < plain["rsqrt"]
+
+
+def calls(ops):
+    """Operations with their arguments for no tokens at all."""
+    rows, matrix = jnp.zeros((0, 512), jnp.bfloat16), jnp.ones((512, 512))
+    targets, experts = jnp.zeros(0, jnp.int32), ExpertWeights(jnp.ones((3, 512, 1024)), jnp.ones((3, 512, 512)))
+    return {
+        "linear": (lambda x, w: ops.linear("attn.q_b", x, w), rows, matrix),
+        "norm": (lambda x, gain: ops.norm(x, gain, 1e-6), rows, jnp.ones(512)),
+        "norm_linear": (lambda x, gain, w: ops.norm_linear(("attn.q_a",), x, gain, (w,), 1e-6),
+                        rows, jnp.ones(512), matrix),
+        "mlp": (lambda x, *w: ops.mlp(("mlp.gate_up", "mlp.down"), x, *w), rows, jnp.ones((512, 1024)), matrix),
+        "moe": (lambda x, gate, w: ops.moe(x, jnp.zeros((0, 2), jnp.int32), gate, w), rows, jnp.zeros((0, 2)), experts),
+        "loss": (lambda x, w: ops.loss(x, w, targets, jnp.zeros(0)), rows, matrix),
+    }
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8", "fp8_direct"])
+@pytest.mark.parametrize("name", calls(reference_ops()))
+def test_no_tokens_give_empty_results_and_gradients_of_zero(monkeypatch, name, recipe):
+    """No kernel is left that a CPU could not run."""
+    on_h100(monkeypatch)
+    bundle = ops.make_ops("require", resolve(recipe))
+    monkeypatch.undo()
+
+    def run(ops):
+        function, *arguments = calls(ops)[name]
+        out, vjp = jax.vjp(function, *arguments)
+        cotangent = jax.tree.map(
+            lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0), out)
+        return out, vjp(cotangent)
+
+    out = jax.jit(lambda: run(bundle))()
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, jax.eval_shape(lambda: run(reference_ops())))
+    for leaf in jax.tree.leaves(out):
+        assert not np.any(leaf)
 
 
 def test_accepted_shapes_reach_the_kernels(monkeypatch):
