@@ -108,9 +108,21 @@ def input_gradient(d_y_MN: jax.Array, dgrad_w: Blocks, linear: Linear) -> tuple[
 def quantized_dot(
     x: jax.Array, w_KN: jax.Array, rule: Rule, *, kernels: Kernels = REFERENCE, site: str = "linear",
 ) -> jax.Array:
-    """x [..., K] @ w by `rule`, in the dtype of x; the gradient of `w_KN` is float32."""
+    """x [..., K] @ w by `rule`, in the dtype of x; the gradient of `w_KN` is float32.
+
+    Raises `UserError` for integers, and for operands of different K.
+    """
+    _require_product(x, w_KN)
     y_MN = _dot(x.reshape(-1, x.shape[-1]), w_KN.astype(jnp.float32), Linear(site, rule, kernels))
     return y_MN.reshape(*x.shape[:-1], w_KN.shape[1])
+
+
+def _require_product(x: jax.Array, w: jax.Array) -> None:
+    """Padding to whole tiles would make operands of nearly the same K agree."""
+    require(jnp.issubdtype(x.dtype, jnp.floating), f"x is {x.dtype.name}; a product in 8 bits takes floating-point "
+            "numbers, so cast it first")
+    require(x.shape[-1] == w.shape[-2], f"x {x.shape} and w {w.shape} cannot be multiplied: the last axis of x is "
+            f"{x.shape[-1]}, the inner axis of w is {w.shape[-2]}")
 
 
 def fp8_dot_general(rule: Rule, *, kernels: Kernels = REFERENCE) -> Callable:
@@ -168,7 +180,11 @@ def fp8_grouped_dot(
 ) -> jax.Array:
     """`grouped_dot` by `rule`, with rows in blocks of 128: one expert's product by itself, for comparison and study.
 
-    The model's `moe` quantises tokens before they become rows, and keeps less. Raises `UserError` for other row counts.
+    The model's `moe` quantises tokens before they become rows, and keeps less. Raises `UserError` for other row counts,
+    for integers, and where the sizes of rows, experts and weights do not agree.
     """
+    _require_product(rows_JK, w_EKN)
+    require(sizes_E.shape == (len(w_EKN),), f"sizes have shape {sizes_E.shape}, and w_EKN has {len(w_EKN)} experts; "
+            "give one size for each")
     require(len(rows_JK) % TILE == 0, f"{len(rows_JK)} rows are not whole blocks of {TILE}; pad every expert's rows")
     return _grouped_dot(rows_JK, sizes_E, w_EKN.astype(jnp.float32), Linear("experts", rule, kernels))

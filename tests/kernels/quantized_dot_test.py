@@ -134,6 +134,30 @@ def test_as_flax_takes_it():
         fp8_dot_general(RULE)(x[None], w[None], (((2,), (1,)), ((0,), (0,))))
 
 
+def grouped(x, w, n_sizes=2):
+    return fp8_grouped_dot(x, jnp.ones(n_sizes, jnp.int32), w, RULE)
+
+
+@pytest.mark.parametrize("product, x, w, said", [
+    (lambda x, w: quantized_dot(x, w, RULE), (4, 200), (256, 136), "axis of x is 200, the inner axis of w is 256"),
+    (lambda x, w: quantized_dot(x, w, RULE), (4, 256), (200, 136), "is 256, the inner axis of w is 200"),
+    (lambda x, w: fp8_dot_general(RULE)(x, w, (((1,), (0,)), ((), ()))), (4, 200), (256, 136), "is 200, .* is 256"),
+    (grouped, (128, 200), (2, 256, 136), "is 200, the inner axis of w is 256"),
+    (lambda x, w: grouped(x, w, 3), (384, 128), (2, 128, 136), r"sizes have shape \(3,\), and w_EKN has 2 experts"),
+    (lambda x, w: grouped(x, w, 1), (384, 128), (2, 128, 136), r"sizes have shape \(1,\), and w_EKN has 2 experts"),
+], ids=["short x", "short w", "flax", "rows", "too many sizes", "too few sizes"])
+def test_sizes_that_padding_would_hide_are_refused(product, x, w, said):
+    with pytest.raises(UserError, match=said):
+        product(jnp.ones(x), jnp.ones(w))
+
+
+def test_integers_are_refused():
+    with pytest.raises(UserError, match="x is int32; a product in 8 bits takes floating-point numbers"):
+        quantized_dot(jnp.ones((4, 128), jnp.int32), jnp.ones((128, 136)), RULE)
+    with pytest.raises(UserError, match="x is int8"):
+        grouped(jnp.ones((128, 128), jnp.int8), jnp.ones((2, 128, 136)))
+
+
 @pytest.mark.parametrize("place", ["x", "w", "d_y"])
 def test_bad_numbers_come_out_bad(place):
     arrays = dict(zip(("x", "w", "d_y"), problem(), strict=True))
