@@ -1,7 +1,7 @@
 """A recipe for training in 8 bits, as data: which tensor of which product gets which format, tile and scale.
 
-The report's own (section 3.3) is `RECIPES["fp8"]`; the others each change one thing. A new format is a new row of
-`dsv3/quant/formats.py`, a new recipe is a `QuantConfig`, and neither is a new code path.
+The report's own (section 3.3) is `RECIPES["fp8"]`; the others each change one thing. A new format is a row of
+`dsv3/quant/formats.py` and its name in `FORMATS`, a new recipe is a `QuantConfig`, and neither is a new code path.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,8 @@ SITES = (
     "attn.q", "attn.q_a", "attn.q_b", "attn.kv_a", "attn.kv_b", "attn.o", "mlp.gate_up", "mlp.down", "shared.gate_up",
     "shared.down", "experts.gate_up", "experts.down", "mtp.eh_proj")
 """Every Linear of a model that a recipe may reach."""
+FORMATS = ("e4m3", "e5m2", "e5m6")
+"""The names of `dsv3/quant/formats.py:FORMATS`, as a recipe may give them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +31,13 @@ class Operand(Node):
     `tensor` all of them. `power_of_two` rounds scales up to powers of two.
     """
 
-    format: Literal["e4m3", "e5m2", "e5m6"]
+    format: str
     tile: Literal["inner", "block", "tensor"]
     power_of_two: bool
+
+    def validate(self) -> None:
+        require(self.format in FORMATS, f"Operand.format is {self.format!r}; expected one of "
+                f"{', '.join(map(repr, FORMATS))}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3.config import require
-from dsv3.quant.formats import Format, decode, encode
+from dsv3.quant.formats import FLOAT32_SMALLEST_EXPONENT, Format, decode, encode
 
 ALONG_ROWS, ALONG_COLUMNS, BLOCK, TENSOR = (1, 128), (128, 1), (128, 128), None
 """Tiles of the last two axes: activations in the forward pass, the same for weight gradients, weights, and no tiles."""
@@ -59,8 +59,11 @@ def scale_of(amax: jax.Array, fmt: Format, *, power_of_two: bool) -> jax.Array:
 
     A tile with an infinity or a NaN has that as its scale, and so comes out as NaN. The quotient is a product with the
     float32 reciprocal of `largest`, here and in `quantize`: XLA turns a division by a broadcast value into one anyway,
-    and the fast forms must agree to the bit.
+    and the fast forms must agree to the bit. Raises `UserError` for a format that reaches so far that scales, which are
+    to be normal float32 numbers, could not.
     """
+    require(SMALLEST_AMAX / fmt.largest >= 2.0 ** FLOAT32_SMALLEST_EXPONENT, f"format {fmt.name!r} reaches "
+            f"{fmt.largest:.3g}, and scales to that could vanish in float32; give it a `largest` of 2^26 at most")
     scale = jnp.maximum(amax, SMALLEST_AMAX) * np.float32(1 / fmt.largest)
     if power_of_two:
         mantissa, exponent = jnp.frexp(scale)

@@ -18,7 +18,8 @@ from dsv3.config import (
     resolve,
     to_dict,
 )
-from dsv3.config.quant import OPERANDS, RECIPES, SITES, change_all, change_operands
+from dsv3.config.quant import FORMATS, OPERANDS, RECIPES, SITES, change_all, change_operands
+from dsv3.quant import formats
 from experiments.launch import load_config
 
 FP8 = resolve("fp8")
@@ -80,6 +81,10 @@ def test_the_first_site_that_matches_wins():
     recipe = replace(FP8, sites=(free, *FP8.sites))
     assert recipe.rule_of("attn.o") is None and recipe.rule_of("mlp.down") == RULE
     assert replace(FP8, sites=(*FP8.sites, free)).rule_of("attn.o") == FP8.sites[0].rule
+
+
+def test_a_recipe_may_name_every_format_there_is():
+    assert list(FORMATS) == list(formats.FORMATS) == [fmt.name for fmt in formats.FORMATS.values()]
 
 
 def test_a_misspelt_site_is_refused():
