@@ -113,6 +113,8 @@ class QuantConfig(Node):
 
     `swiglu_kept`: what the inputs of SwiGLU wait in for the backward pass, which computes its output again; None keeps
     them in the model dtype. Embedding, head, gate, norms and the attention core are in no recipe (section 3.3.1).
+
+    Both products of a SwiGLU network (`mlp`, `shared`, `experts`) have a rule or none. Raises `UserError` otherwise.
     """
 
     default: Rule
@@ -133,9 +135,10 @@ class QuantConfig(Node):
         for layers in self.layers:  # what they leave must be right too
             self.of_layer(layers.first)
             self.of_layer(layers.last)
-        pair = [self.rule_of(f"experts.{name}") for name in ("gate_up", "down")]
-        require((pair[0] is None) == (pair[1] is None), "quant gives a rule to only one of experts.gate_up and "
-                "experts.down; rows travel between them in one format, so give both a rule or neither")
+        for network in ("mlp", "shared", "experts"):
+            up, down = (self.rule_of(f"{network}.{name}") for name in ("gate_up", "down"))
+            require((up is None) == (down is None), f"quant gives a rule to only one of {network}.gate_up and {network}"
+                    ".down; they and the SwiGLU between them are one operation, so give both a rule or neither")
 
 
 def _report() -> QuantConfig:

@@ -122,7 +122,11 @@ def test_a_recipe_survives_json_and_the_command_line():
     (lambda: replace(RULE, fprop_w=RULE.fprop_x), "rule.fprop_w.tile is 'inner'"),
     (lambda: replace(RULE, accumulator="hopper", dgrad_dy=replace(RULE.dgrad_dy, format="e5m2")),
      "rule.dgrad_dy has another format"),
-    (lambda: replace(FP8, sites=(Site(pattern="experts.down", rule=None),)), "give both a rule or neither"),
+    (lambda: replace(FP8, sites=(Site(pattern="experts.down", rule=None),)), "one of experts.gate_up and experts.down; "
+     ".* give both a rule or neither"),
+    (lambda: replace(FP8, sites=(Site(pattern="shared.gate_up", rule=None),)), "one of shared.gate_up and shared.down"),
+    (lambda: replace(FP8, sites=(Site(pattern="mlp.gate_up", rule=RULE), Site(pattern="*", rule=None))),
+     "one of mlp.gate_up and mlp.down"),
     (lambda: replace(FP8, layers=(Layers(first=3, last=3, sites=(Site(pattern="experts.down", rule=None),)),)),
      "give both a rule or neither"),
     (lambda: Layers(first=3, last=2, sites=()), "first 3 and last 2; expected 0 <= first <= last"),

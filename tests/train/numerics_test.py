@@ -184,7 +184,7 @@ def captured(config):
 def test_figures_are_those_of_the_operands_themselves():
     """Tensors taken out of an unwatched step another way, measured one by one."""
     sites = ("attn.q_a", "attn.kv_b", "attn.o", "shared.down")
-    found = by_name(records_of(ONE_LAYER, only(COARSE, *sites)))
+    found = by_name(records_of(ONE_LAYER, only(COARSE, "shared.gate_up", *sites)))
     products = captured(ONE_LAYER)
     assert len(products) == 7 and all(len(calls) == 1 for calls in products.values())
     for site in sites:
