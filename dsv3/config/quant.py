@@ -49,7 +49,9 @@ class Rule(Node):
 
     `interval`: products summed before the sum is promoted to float32. `accumulator` is how the reference sums them:
     `float32`, or bit by bit as Hopper's tensor cores (`dsv3/quant/accumulate.py`), which only E4M3 has a model of.
-    A kernel on a tensor core has that tensor core's, whatever is said here.
+    The kernels for Hopper's tensor cores have the tensor core's own accumulator, promoted every 128: they carry out
+    `float32` at that interval, and refuse the model of it and any other interval, so that such a rule runs in plain jnp
+    (`kernels=auto`, with a warning) or raises (`kernels=require`).
     """
 
     fprop_x: Operand
