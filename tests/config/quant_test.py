@@ -105,8 +105,13 @@ def test_a_recipe_survives_json_and_the_command_line():
     assert override(spelled, {"quant": "bf16"}).recipe is None
     with pytest.raises(UserError, match="config.quant is 'fp9'"):
         override(tiny, {"quant": "fp9"})
-    with pytest.raises(UserError, match="config.quant is 'fp8' and has no fields to set"):
+    with pytest.raises(UserError, match="config.quant is 'fp8' and has no fields to set; a config file that gives the "
+                       "QuantConfig itself has them"):
         override(tiny, {"quant.default.interval": "64"})
+    with pytest.raises(UserError, match="config.quant is set both as a whole and field by field; keep one; a config "
+                       "file that gives the QuantConfig itself"):
+        override(tiny, {"quant": "fp8", "quant.default.interval": "64"})
+    assert override(spelled, {"quant.default.interval": "64"}).recipe.default.interval == 64
 
 
 @pytest.mark.parametrize("change, said", [
