@@ -16,7 +16,7 @@ from dsv3.quant import formats
 from dsv3.quant.formats import Format, format_of
 from dsv3.quant.monitor import observe, rates
 from dsv3.quant.stochastic import BFLOAT16
-from dsv3.quant.tiles import BLOCK, quantize
+from dsv3.quant.tiles import BLOCK, dequantize, quantize
 
 ROWS = {
     "e3m4": Format("e3m4", 3, 4, 15.5, True, np.dtype(ml_dtypes.float8_e3m4)),
@@ -84,5 +84,15 @@ def test_what_waits_in_bfloat16_has_lost_nothing():
 
 
 def test_a_format_whose_scales_would_vanish_is_refused():
-    with pytest.raises(UserError, match="'bfloat16' reaches 3.39e.38, .* give it a `largest` of 2.26 at most"):
+    with pytest.raises(UserError, match="'bfloat16' reaches 3.39e.38, .* give it a `largest` of 2.126 at most"):
         quantize(jnp.ones((128, 128)), BFLOAT16, BLOCK, power_of_two=False)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_small_numbers_in_a_wide_format(power_of_two):
+    """Scales of normal float32 numbers, where amax / largest is none."""
+    fmt = Format("e7m23", 7, 23, 2.0 ** 62, False, np.dtype(np.float32))
+    x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (128, 128)) * 2.0 ** -90, jnp.float32)
+    quantized = quantize(x, fmt, BLOCK, power_of_two=power_of_two)
+    assert quantized.scales == 2.0 ** -126
+    np.testing.assert_array_equal(dequantize(quantized, fmt, BLOCK, 128), x)
