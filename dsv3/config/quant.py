@@ -1,7 +1,7 @@
 """A recipe for training in 8 bits, as data: which tensor of which product gets which format, tile and scale.
 
-The report's own (section 3.3) is `RECIPES["fp8"]`; the others each change one thing. A new format is a new row of
-`dsv3/quant/formats.py`, a new recipe is a `QuantConfig`, and neither is a new code path.
+The report's own (section 3.3) is `RECIPES["fp8"]`; the others each change one thing. A new format is a row of
+`dsv3/quant/formats.py` and its name in `FORMATS`, a new recipe is a `QuantConfig`, and neither is a new code path.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,8 @@ SITES = (
     "attn.q", "attn.q_a", "attn.q_b", "attn.kv_a", "attn.kv_b", "attn.o", "mlp.gate_up", "mlp.down", "shared.gate_up",
     "shared.down", "experts.gate_up", "experts.down", "mtp.eh_proj")
 """Every Linear of a model that a recipe may reach."""
+FORMATS = ("e4m3", "e5m2", "e5m6")
+"""The names of `dsv3/quant/formats.py:FORMATS`, as a recipe may give them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +31,13 @@ class Operand(Node):
     `tensor` all of them. `power_of_two` rounds scales up to powers of two.
     """
 
-    format: Literal["e4m3", "e5m2", "e5m6"]
+    format: str
     tile: Literal["inner", "block", "tensor"]
     power_of_two: bool
+
+    def validate(self) -> None:
+        require(self.format in FORMATS, f"Operand.format is {self.format!r}; expected one of "
+                f"{', '.join(map(repr, FORMATS))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +49,9 @@ class Rule(Node):
 
     `interval`: products summed before the sum is promoted to float32. `accumulator` is how the reference sums them:
     `float32`, or bit by bit as Hopper's tensor cores (`dsv3/quant/accumulate.py`), which only E4M3 has a model of.
-    A kernel on a tensor core has that tensor core's, whatever is said here.
+    The kernels for Hopper's tensor cores have the tensor core's own accumulator, promoted every 128: they carry out
+    `float32` at that interval, and refuse the model of it and any other interval, so that such a rule runs in plain jnp
+    (`kernels=auto`, with a warning) or raises (`kernels=require`).
     """
 
     fprop_x: Operand
@@ -107,6 +115,8 @@ class QuantConfig(Node):
 
     `swiglu_kept`: what the inputs of SwiGLU wait in for the backward pass, which computes its output again; None keeps
     them in the model dtype. Embedding, head, gate, norms and the attention core are in no recipe (section 3.3.1).
+
+    Both products of a SwiGLU network (`mlp`, `shared`, `experts`) have a rule or none. Raises `UserError` otherwise.
     """
 
     default: Rule
@@ -127,9 +137,10 @@ class QuantConfig(Node):
         for layers in self.layers:  # what they leave must be right too
             self.of_layer(layers.first)
             self.of_layer(layers.last)
-        pair = [self.rule_of(f"experts.{name}") for name in ("gate_up", "down")]
-        require((pair[0] is None) == (pair[1] is None), "quant gives a rule to only one of experts.gate_up and "
-                "experts.down; rows travel between them in one format, so give both a rule or neither")
+        for network in ("mlp", "shared", "experts"):
+            up, down = (self.rule_of(f"{network}.{name}") for name in ("gate_up", "down"))
+            require((up is None) == (down is None), f"quant gives a rule to only one of {network}.gate_up and {network}"
+                    ".down; they and the SwiGLU between them are one operation, so give both a rule or neither")
 
 
 def _report() -> QuantConfig:

@@ -84,10 +84,18 @@ def nearest(name: str, options: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(options)}"
 
 
+def _in_a_file(node: Any, annotation: Any) -> str:
+    """The end of an error about fields that `node` lacks: what could have them is given in a config file only."""
+    options = [option.__name__ for option in typing.get_args(annotation) if dataclasses.is_dataclass(option)]
+    absent = options and not isinstance(node, tuple) and not dataclasses.is_dataclass(node)
+    return f"; a config file that gives the {options[0]} itself has them" if absent else ""
+
+
 def _replace(node: Any, annotation: Any, overrides: Mapping[tuple[str, ...], str], path: str) -> Any:
     if () in overrides:
         if len(overrides) > 1:
-            raise UserError(f"config.{path} is set both as a whole and field by field; keep one")
+            raise UserError(f"config.{path} is set both as a whole and field by field; keep one"
+                            + _in_a_file(node, annotation))
         return _parse(overrides[()], annotation, path)
     if dataclasses.is_dataclass(node):
         hints = typing.get_type_hints(type(node))
@@ -95,7 +103,7 @@ def _replace(node: Any, annotation: Any, overrides: Mapping[tuple[str, ...], str
     elif isinstance(node, tuple):
         children = {str(i): (value, _item(annotation)) for i, value in enumerate(node)}
     else:
-        raise UserError(f"config.{path} is {node!r} and has no fields to set")
+        raise UserError(f"config.{path} is {node!r} and has no fields to set{_in_a_file(node, annotation)}")
     groups: dict[str, dict[tuple[str, ...], str]] = {}
     for (head, *rest), text in overrides.items():
         if head not in children:

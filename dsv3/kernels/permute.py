@@ -48,6 +48,11 @@ def token_of_row(plan: Plan) -> jax.Array:
     return plan.pair_J // plan.row_TK.shape[1]
 
 
+def weight_of_row(weights_TK: jax.Array, plan: Plan) -> jax.Array:
+    """The gate's weight of every row, [J]; 0 where the row is padding."""
+    return _gather_or_zero(weights_TK.reshape(-1), plan.pair_J)
+
+
 def permute_tiles(tiles_TD: Tiles, token_J: jax.Array) -> Tiles:
     """`permute` of quantised tokens with their scales: [J, D]. Rows of padding (token >= T) are 0, with scale 1."""
     values = _gather_or_zero(tiles_TD.values, token_J)
@@ -90,7 +95,7 @@ def _unpermute_forward(rows_JD, plan, weights_TK):
 
 def _unpermute_backward(residuals, d_y_TD):
     rows_JD, plan, weights_TK = residuals
-    weight_J = _gather_or_zero(weights_TK.reshape(-1), plan.pair_J)
+    weight_J = weight_of_row(weights_TK, plan)
     d_y_JD = _gather_or_zero(d_y_TD, token_of_row(plan))
     d_rows_JD = (d_y_JD.astype(jnp.float32) * weight_J[:, None]).astype(rows_JD.dtype)
     d_weights_TK = jnp.einsum(

@@ -72,15 +72,16 @@ def quantize_weights(w: jax.Array, linear: Linear) -> tuple[Blocks, Blocks]:
     return forward, dgrad if rule.dgrad_w == rule.fprop_w else quantize(w, rule.dgrad_w)[1]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dot(x_MK: jax.Array, w_KN: jax.Array, linear: Linear) -> jax.Array:
-    return _dot_forward(x_MK, w_KN, linear)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dot(x_MK: jax.Array, w_KN: jax.Array, linear: Linear, dtypes: tuple[jnp.dtype, jnp.dtype]) -> jax.Array:
+    """`dtypes` of x and of the result."""
+    return _dot_forward(x_MK, w_KN, linear, dtypes)[0]
 
 
-def _dot_forward(x_MK, w_KN, linear):
+def _dot_forward(x_MK, w_KN, linear, dtypes):
     rows, waiting = quantize_input(x_MK, linear)
     forward_w, dgrad_w = quantize_weights(w_KN, linear)
-    y_MN = linear.products.dot(rows, forward_w, x_MK.dtype)[:x_MK.shape[0], :w_KN.shape[1]]
+    y_MN = linear.products.dot(rows, forward_w, dtypes[1])[:x_MK.shape[0], :w_KN.shape[1]]
     return y_MN, (waiting, dgrad_w, Width(x_MK.shape[1]))
 
 
@@ -89,11 +90,11 @@ class Width(int):
     """The size of an axis among residuals; padded arrays do not tell."""
 
 
-def _dot_backward(linear, residuals, d_y_MN):
+def _dot_backward(linear, dtypes, residuals, d_y_MN):
     waiting, dgrad_w, n_in = residuals
     d_x_MK, d_y_columns = input_gradient(d_y_MN, dgrad_w, linear)
     d_w_KN = linear.products.weight_gradient(wgrad_input(waiting, linear), d_y_columns)
-    return d_x_MK[:, :n_in], d_w_KN[:n_in, :d_y_MN.shape[1]]
+    return d_x_MK[:, :n_in].astype(dtypes[0]), d_w_KN[:n_in, :d_y_MN.shape[1]]
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
@@ -107,24 +108,48 @@ def input_gradient(d_y_MN: jax.Array, dgrad_w: Blocks, linear: Linear) -> tuple[
 
 def quantized_dot(
     x: jax.Array, w_KN: jax.Array, rule: Rule, *, kernels: Kernels = REFERENCE, site: str = "linear",
+    dtype: jnp.dtype | None = None,
 ) -> jax.Array:
-    """x [..., K] @ w by `rule`, in the dtype of x; the gradient of `w_KN` is float32."""
-    y_MN = _dot(x.reshape(-1, x.shape[-1]), w_KN.astype(jnp.float32), Linear(site, rule, kernels))
+    """x [..., K] @ w by `rule`, rounded once to `dtype` (None: that of x); the gradient of `w_KN` is float32.
+
+    Raises `UserError` for integers, for operands of different K, and for what is no rule.
+    """
+    _require_rule(rule)
+    _require_product(x, w_KN)
+    dtypes = x.dtype, jnp.dtype(dtype or x.dtype)
+    y_MN = _dot(x.reshape(-1, x.shape[-1]), w_KN.astype(jnp.float32), Linear(site, rule, kernels), dtypes)
     return y_MN.reshape(*x.shape[:-1], w_KN.shape[1])
+
+
+def _require_rule(rule: Rule) -> None:
+    require(isinstance(rule, Rule), f"a product in 8 bits has a Rule, not {str(rule)[:40]!r}; take one of a recipe, "
+            "such as resolve('fp8').default")
+
+
+def _require_product(x: jax.Array, w: jax.Array) -> None:
+    """Padding to whole tiles would make operands of nearly the same K agree."""
+    require(jnp.issubdtype(x.dtype, jnp.floating), f"x is {x.dtype.name}; a product in 8 bits takes floating-point "
+            "numbers, so cast it first")
+    require(x.shape[-1] == w.shape[-2], f"x {x.shape} and w {w.shape} cannot be multiplied: the last axis of x is "
+            f"{x.shape[-1]}, the inner axis of w is {w.shape[-2]}")
 
 
 def fp8_dot_general(rule: Rule, *, kernels: Kernels = REFERENCE) -> Callable:
     """For flax: `nn.Dense(features, dot_general=fp8_dot_general(rule))`.
 
     The result contracts the last axis of an activation with the first of a matrix, and raises `UserError` for others.
+    flax casts both to the module's dtype before they come here: with `dtype=jnp.bfloat16` float32 masters are rounded
+    to bfloat16 before they are quantised, and their gradient after it was summed. `quantized_dot` does neither.
     """
+    _require_rule(rule)
+
     def dot_general(x, w, dimension_numbers, precision=None, preferred_element_type=None, **unused):
         (contracted, batch), ranks = dimension_numbers, (x.ndim, w.ndim)
         contracted, batch = (tuple(map(tuple, axes)) for axes in (contracted, batch))
         require(contracted == ((x.ndim - 1,), (0,)) and batch == ((), ()) and w.ndim == 2,
                 f"fp8_dot_general was asked for axes {contracted}, batches {batch} of arrays of {ranks} axes; it has "
                 "products of the last axis of x with the first of a matrix only")
-        return quantized_dot(x, w, rule, kernels=kernels).astype(preferred_element_type or x.dtype)
+        return quantized_dot(x, w, rule, kernels=kernels, dtype=preferred_element_type)
 
     return dot_general
 
@@ -168,7 +193,12 @@ def fp8_grouped_dot(
 ) -> jax.Array:
     """`grouped_dot` by `rule`, with rows in blocks of 128: one expert's product by itself, for comparison and study.
 
-    The model's `moe` quantises tokens before they become rows, and keeps less. Raises `UserError` for other row counts.
+    The model's `moe` quantises tokens before they become rows, and keeps less. Raises `UserError` for other row counts,
+    for integers, and where the sizes of rows, experts and weights do not agree.
     """
+    _require_rule(rule)
+    _require_product(rows_JK, w_EKN)
+    require(sizes_E.shape == (len(w_EKN),), f"sizes have shape {sizes_E.shape}, and w_EKN has {len(w_EKN)} experts; "
+            "give one size for each")
     require(len(rows_JK) % TILE == 0, f"{len(rows_JK)} rows are not whole blocks of {TILE}; pad every expert's rows")
     return _grouped_dot(rows_JK, sizes_E, w_EKN.astype(jnp.float32), Linear("experts", rule, kernels))

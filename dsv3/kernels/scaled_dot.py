@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3.config import require
+from dsv3.kernels.grouped_dot import block_experts, block_starts, padded_rows
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles
 from dsv3.quant.accumulate import promoted_dot
 
@@ -30,9 +31,12 @@ class Products(NamedTuple):
 def products(interval: int, accumulator: str) -> Products:
     """The reference forms. Raises `UserError` for an accumulator that has no model."""
     require(accumulator in ("float32", "hopper"), f"accumulator {accumulator!r}; expected float32 or hopper")
-    multiply = _float32 if accumulator == "float32" else partial(_tensor_core, interval=interval)
-    return Products(*(partial(function, multiply=multiply) for function in (
-        scaled_dot, scaled_grouped_dot, scaled_weight_gradient, scaled_grouped_weight_gradient)))
+    multiply, every = _float32, 1
+    if accumulator == "hopper":
+        multiply, every = partial(_tensor_core, interval=interval), max(interval // TILE, 1)
+    *others, grouped = (partial(function, multiply=multiply) for function in (
+        scaled_dot, scaled_grouped_dot, scaled_weight_gradient, scaled_grouped_weight_gradient))
+    return Products(*others, partial(grouped, every=every))
 
 
 def _float32(a: Tiles, b: Tiles | Blocks) -> jax.Array:
@@ -72,19 +76,20 @@ def scaled_weight_gradient(a: Tiles, b: Tiles, *, multiply: Callable = _float32)
 
 
 def scaled_grouped_weight_gradient(
-    a: Tiles, b: Tiles, start_E: jax.Array, steps_E: jax.Array, *, multiply: Callable = _float32,
+    a: Tiles, b: Tiles, start_E: jax.Array, steps_E: jax.Array, *, multiply: Callable = _float32, every: int = 1,
 ) -> jax.Array:
     """`scaled_weight_gradient` over the rows of each expert alone, a [D, J] and b [F, J]: float32 [E, D, F].
 
-    Expert e has `steps_E[e]` blocks of 128 rows from row `start_E[e]` on; zero for an expert without rows.
+    Expert e has `steps_E[e]` blocks of 128 rows from row `start_E[e]` on; zero for an expert without rows. `every`
+    blocks of an expert are one product: as many as may be summed before they are promoted.
     """
-    n_blocks = a.values.shape[1] // TILE
-    block_Z1, first_E = jnp.arange(n_blocks)[:, None], start_E // TILE
-    mine_ZE = (block_Z1 >= first_E[None]) & (block_Z1 < (first_E + steps_E)[None])
-    expert_Z = jnp.where(jnp.any(mine_ZE, axis=1), jnp.argmax(mine_ZE, axis=1), len(start_E))  # outside: dropped
-    d_w_ZDF = _each(multiply, *map(_column_blocks, (a, b)))
-    d_w_EDF = jnp.zeros((len(start_E), *d_w_ZDF.shape[1:]), jnp.float32)
-    return d_w_EDF.at[expert_Z].add(d_w_ZDF, mode="drop")
+    n_blocks, n_experts = a.values.shape[1] // TILE, len(start_E)
+    n_groups = padded_rows(n_blocks, n_experts, every) // every
+    expert_G = block_experts(steps_E, n_groups, every)
+    own_Gn = jnp.arange(n_groups * every).reshape(n_groups, every) - block_starts(steps_E, every)[expert_G][:, None]
+    block_Gn = jnp.where(own_Gn < steps_E[expert_G][:, None], own_Gn + (start_E // TILE)[expert_G][:, None], n_blocks)
+    d_w_GDF = _each(multiply, *(_column_groups(x, block_Gn) for x in (a, b)))
+    return jnp.zeros((n_experts, *d_w_GDF.shape[1:]), jnp.float32).at[expert_G].add(d_w_GDF)
 
 
 def _each(multiply: Callable, a: Tiles, b: Tiles | Blocks) -> jax.Array:
@@ -100,7 +105,9 @@ def _row_blocks(a: Tiles) -> Tiles:
     return Tiles(a.values.reshape(-1, TILE, columns), a.scales.reshape(-1, rows // TILE, TILE).swapaxes(0, 1))
 
 
-def _column_blocks(a: Tiles) -> Tiles:
-    """[R, J] as [Z, R, 128]."""
-    rows, columns = a.values.shape
-    return Tiles(a.values.reshape(rows, -1, TILE).swapaxes(0, 1), a.scales[:, None])
+def _column_groups(a: Tiles, block_Gn: jax.Array) -> Tiles:
+    """[R, J] as [G, R, 128 n]: the named blocks of 128 columns side by side; zeros for a block beyond the last."""
+    rows, (n_groups, n) = len(a.values), block_Gn.shape
+    blocks_Gn = a.values.reshape(rows, -1, TILE).swapaxes(0, 1).at[block_Gn].get(mode="fill", fill_value=0)
+    return Tiles(blocks_Gn.swapaxes(1, 2).reshape(n_groups, rows, n * TILE),
+                 a.scales.at[block_Gn].get(mode="fill", fill_value=1))

@@ -11,7 +11,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3.config import Operand
-from dsv3.kernels.permute import Plan, make_plan, permute, token_of_row
+from dsv3.kernels.permute import Plan, make_plan, permute, token_of_row, weight_of_row
 from dsv3.kernels.quantized_dot import (
     Linear,
     Width,
@@ -133,7 +133,7 @@ def _moe_backward(ff, residuals, d_y_TD):
     with jax.named_scope("dispatch"):
         tokens = kernels.quantize_rows(d_y_TD, ff.down.rule.dgrad_dy)
         d_y_rows = kernels.permute_tiles(tokens, token_of_row(plan))
-        weight_J = weights_TK.reshape(-1).at[plan.pair_J].get(mode="fill", fill_value=0)
+        weight_J = weight_of_row(weights_TK, plan)
         rows_columns = _rows_for_wgrad(waiting, plan, ff.up)
     with jax.named_scope("experts"):
         expert_Z, extent = experts_of(sizes_E, len(plan.pair_J)), expert_rows(sizes_E)

@@ -26,7 +26,6 @@ from dsv3.kernels.quantized_dot import (
     wgrad_input,
 )
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, whole
-from dsv3.kernels.swiglu import swiglu
 from dsv3.model import fp8_feed_forward
 from dsv3.model.ops import ExpertWeights, Ops, bundles_of_layers, reference_ops
 
@@ -183,13 +182,10 @@ _attention_dot.defvjp(_attention_dot_forward, _attention_dot_backward)
 
 
 def mlp(recipe: Recipe, sites: tuple[str, str], x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-    """In 8 bits as a whole where both sites have a rule; else each product by itself, with SwiGLU in between."""
+    """In 8 bits as a whole: a recipe has a rule for both sites or for none."""
     up_place, down_place = map(recipe.linear_at, sites)
-    if up_place is None and down_place is None:
+    if up_place is None:
         return recipe.base.mlp(sites, x, gate_up, down)
-    if up_place is None or down_place is None:
-        hidden = checkpoint_name(linear(recipe, sites[0], x, gate_up), f"{sites[1]}.input")
-        return linear(recipe, sites[1], swiglu(hidden), down)
     network = fp8_feed_forward.FeedForward(up_place, down_place, recipe.quant.swiglu_kept)
     y_MD = fp8_feed_forward.mlp(x.reshape(-1, x.shape[-1]), gate_up, down, network)
     return checkpoint_name(y_MD.reshape(x.shape[:-1] + y_MD.shape[-1:]), sites[1])

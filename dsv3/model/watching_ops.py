@@ -2,7 +2,7 @@
 
 Products are computed by the functions given; statistics are put where the gradients of their weights would be
 (`dsv3.kernels.watched`), and a program of its own takes them out (`dsv3.train.numerics`). Whatever a fused operation of
-a recipe does at once is done here one product at a time.
+a recipe does at once is done here one product at a time, and measured on the tensors that it quantises.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3.config import QuantConfig
@@ -18,10 +19,10 @@ from dsv3.kernels.cross_entropy import cross_entropy
 from dsv3.kernels.dot import dot
 from dsv3.kernels.grouped_dot import grouped_dot
 from dsv3.kernels.norm import rms_norm
+from dsv3.kernels.permute import make_plan, permute, unpermute, weight_of_row
 from dsv3.kernels.quantized_dot import fp8_grouped_dot, quantized_dot
 from dsv3.kernels.swiglu import swiglu
 from dsv3.kernels.watched import watched
-from dsv3.model import ops
 from dsv3.model.ops import Ops, bundles_of_layers
 from dsv3.quant.monitor import Statistics, observe_product
 
@@ -45,8 +46,8 @@ def site_of(path: tuple[str, ...]) -> str | None:
     return SITES.get((module.rstrip("0123456789").rstrip("_"), name))
 
 
-def _observe(rule: Any, x: jax.Array, w: jax.Array, d_y: jax.Array) -> dict[str, Statistics]:
-    return observe_product(rule, x, w, d_y) if rule is not None else {}
+def _observe(rule: Any, *arrays: jax.Array, **for_wgrad: jax.Array) -> dict[str, Statistics]:
+    return observe_product(rule, *arrays, **for_wgrad) if rule is not None else {}
 
 
 def watching_ops(
@@ -82,15 +83,28 @@ def watching_ops(
     def mlp(sites, x, gate_up, down):
         return linear(sites[1], swiglu(linear(sites[0], x, gate_up)), down)
 
-    def grouped(site, rows_JD, sizes_E, w):
-        run = lambda rows_sizes, w: grouped_product(site)(*rows_sizes, w)
-        observe = lambda rows_sizes, w, d_y: _observe(recipe.rule_of(site), rows_sizes[0], w, d_y)
-        return watched(run, observe)((rows_JD, sizes_E), w)
+    def gate_up(h_TD, plan, sizes_E, w):
+        rule, product = recipe.rule_of("experts.gate_up"), grouped_product("experts.gate_up")
+        run = lambda inputs, w: product(permute(inputs[0], inputs[1]), inputs[2], w)
+        observe = lambda inputs, w, d_y_JF: _observe(rule, inputs[0], w, d_y_JF, wgrad_x=permute(*inputs[:2]))
+        return watched(run, observe)((h_TD, plan, sizes_E), w)
+
+    def down(h_JF, plan, sizes_E, weights_TK, w):
+        """With the way back to tokens, so that the gradient is seen as it comes: without the gate's weights."""
+        rule, product = recipe.rule_of("experts.down"), grouped_product("experts.down")
+        run = lambda inputs, w: unpermute(product(inputs[0], inputs[2], w), inputs[1], inputs[3])
+
+        def observe(inputs, w, d_y_TD):
+            h_JF, plan, _, weights_TK = inputs
+            weighted_JF = (h_JF.astype(jnp.float32) * weight_of_row(weights_TK, plan)[:, None]).astype(h_JF.dtype)
+            return _observe(rule, h_JF, w, d_y_TD, wgrad_x=weighted_JF, wgrad_dy=permute(d_y_TD, plan))
+
+        return watched(run, observe)((h_JF, plan, sizes_E, weights_TK), w)
 
     def moe(h_TD, topk_TK, weights_TK, weights):
-        sites = iter(("experts.gate_up", "experts.down"))  # in the order in which they are called
-        each = lambda rows_JD, sizes_E, w, block: grouped(next(sites), rows_JD, sizes_E, w)
-        return ops.moe(h_TD, topk_TK, weights_TK, weights, row_block=ROW_BLOCK, grouped_dot=each, keep_rows=True)
+        plan, sizes_E = checkpoint_name(make_plan(topk_TK, len(weights.gate_up_EDF), ROW_BLOCK), "moe.plan")
+        gate_up_JF = checkpoint_name(gate_up(h_TD, plan, sizes_E, weights.gate_up_EDF), "experts.down.input")
+        return checkpoint_name(down(swiglu(gate_up_JF), plan, sizes_E, weights_TK, weights.down_EFD), "experts.down")
 
     layers = bundles_of_layers(recipe, partial(
         watching_ops, quantized=quantized, attention=attention, loss_chunk=loss_chunk))

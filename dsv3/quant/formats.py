@@ -23,7 +23,11 @@ from dsv3.config import require
 
 @dataclass(frozen=True)
 class Format:
-    """A binary floating-point format. `dtype` stores one element; None where elements are packed (`pack`)."""
+    """A binary floating-point format. `dtype` stores one element, or is wider; None: elements are packed (`pack`).
+
+    `largest` is what a tile is scaled to, and may be less than the bits could hold. Raises `UserError` for a `dtype`
+    that cannot hold the numbers, and for None in any format but E5M6, the only one with a packed layout.
+    """
 
     name: str
     exponent_bits: int
@@ -32,6 +36,16 @@ class Format:
     infinities: bool
     dtype: np.dtype | None
 
+    def __post_init__(self) -> None:
+        if self.dtype is None:
+            require((self.exponent_bits, self.mantissa_bits) == (5, 6), f"format {self.name!r} has no dtype, and only "
+                    "E5M6 has a packed layout; give it a dtype that holds its numbers, such as bfloat16")
+            return
+        held = ml_dtypes.finfo(self.dtype)
+        require(held.nmant >= self.mantissa_bits and held.minexp <= self.smallest_exponent
+                and float(held.max) >= self.largest,
+                f"format {self.name!r} does not fit into {self.dtype.name}; give it a dtype that holds its numbers")
+
     @property
     def smallest_exponent(self) -> int:
         """That of the smallest normal number."""
@@ -39,7 +53,7 @@ class Format:
 
     def bytes_of(self, elements: int) -> int:
         """Storage of the last axis: E5M6 packs two elements into three bytes."""
-        return elements if self.dtype is not None else 3 * -(-elements // 2)
+        return elements * self.dtype.itemsize if self.dtype is not None else 3 * -(-elements // 2)
 
 
 E4M3 = Format("e4m3", 4, 3, 448.0, False, np.dtype(ml_dtypes.float8_e4m3fn))
@@ -47,6 +61,9 @@ E5M2 = Format("e5m2", 5, 2, 57344.0, True, np.dtype(ml_dtypes.float8_e5m2))
 E5M6 = Format("e5m6", 5, 6, 65024.0, True, None)
 
 FORMATS = {fmt.name: fmt for fmt in (E4M3, E5M2, E5M6)}
+"""What a recipe may name, once `dsv3/config/quant.py:FORMATS` has the name too."""
+
+FLOAT32_SMALLEST_EXPONENT = -126
 
 RUN = 128
 """Elements whose high halves are packed together: those of a tile."""
@@ -62,11 +79,13 @@ def round_to(x: jax.Array, fmt: Format) -> jax.Array:
     """float32 array of the values of `fmt` nearest to float32 `x`."""
     x = x.astype(jnp.float32)
     inside = jnp.clip(x, -fmt.largest, fmt.largest)
-    # Where numbers are normal, to so many bits of mantissa; below, to multiples of the smallest.
-    normal = jax.lax.reduce_precision(inside, exponent_bits=8, mantissa_bits=fmt.mantissa_bits)
-    unit = 2.0 ** (fmt.smallest_exponent - fmt.mantissa_bits)
-    subnormal = jnp.round(inside * (1 / unit)) * unit
-    rounded = jnp.where(jnp.abs(inside) < 2.0 ** fmt.smallest_exponent, subnormal, normal)
+    # Where numbers are normal, to so many bits of mantissa; below, to multiples of the smallest. With float32's own
+    # exponents there is nothing below: devices flush what is subnormal there.
+    rounded = jax.lax.reduce_precision(inside, exponent_bits=8, mantissa_bits=fmt.mantissa_bits)
+    if fmt.smallest_exponent > FLOAT32_SMALLEST_EXPONENT:
+        unit = 2.0 ** (fmt.smallest_exponent - fmt.mantissa_bits)
+        subnormal = jnp.round(inside * (1 / unit)) * unit
+        rounded = jnp.where(jnp.abs(inside) < 2.0 ** fmt.smallest_exponent, subnormal, rounded)
     return jnp.where(jnp.isfinite(x), rounded, x if fmt.infinities else jnp.nan)
 
 

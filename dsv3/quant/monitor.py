@@ -27,8 +27,9 @@ class Statistics(NamedTuple):
     """Counts and sums over one array, float32; statistics of parts add up.
 
     Of elements: how many there are, are not zero, became zero, were stored as subnormals, as the largest code, or were
-    not finite; sums of squares of x and of x' - x, over the finite. Of tiles that hold anything: `scales_S`, how many
-    have their scale's logarithm in each bin.
+    not finite; sums of squares of x and of x' - x, over those that are finite before and after. Of tiles: how many have
+    an element at the largest code (`topped`), and, of those that hold anything, `scales_S`: how many have their scale's
+    logarithm in each bin.
     """
 
     elements: jax.Array
@@ -36,6 +37,7 @@ class Statistics(NamedTuple):
     underflow: jax.Array
     subnormal: jax.Array
     largest: jax.Array
+    topped: jax.Array
     nonfinite: jax.Array
     square: jax.Array
     error_square: jax.Array
@@ -77,19 +79,20 @@ def observe(x: jax.Array, operand: Any, inner: int = -1) -> Statistics:
     x = x.astype(jnp.float32)
     q = quantize(x, fmt, tile, power_of_two=operand.power_of_two)
     stored = jnp.abs(decode(q.values, fmt, x.shape[-1]))
-    finite = jnp.isfinite(x)
-    error = jnp.where(finite, dequantize(q, fmt, tile, x.shape[-1]) - x, 0.0)
-    amax = tile_amax(x, tile)
-    counted = sums((
+    seen, amax = dequantize(q, fmt, tile, x.shape[-1]), tile_amax(x, tile)
+    both = jnp.isfinite(x) & jnp.isfinite(seen)  # one bad number spoils its tile
+    elements, nonzero, underflow, subnormal, largest, nonfinite, square, error_square = sums((
         jnp.ones(x.shape, bool),
         x != 0,
         (x != 0) & (stored == 0),
         (stored > 0) & (stored < 2.0 ** fmt.smallest_exponent),
         stored == fmt.largest,
-        ~finite,
-        jnp.where(finite, x, 0.0) ** 2,
-        error ** 2))
-    return Statistics(*counted, scale_histogram(q.scales, (amax > 0) & jnp.isfinite(amax)))
+        ~jnp.isfinite(x),
+        jnp.where(both, x, 0.0) ** 2,
+        jnp.where(both, seen - x, 0.0) ** 2))
+    topped, = sums((tile_amax(stored, tile) == fmt.largest,))
+    return Statistics(elements, nonzero, underflow, subnormal, largest, topped, nonfinite, square, error_square,
+                      scale_histogram(q.scales, (amax > 0) & jnp.isfinite(amax)))
 
 
 def tile_of(name: str, inner: int) -> tuple[int, int] | None:
@@ -99,16 +102,22 @@ def tile_of(name: str, inner: int) -> tuple[int, int] | None:
     return tiles[name]
 
 
-def observe_product(rule: Any, x: jax.Array, w: jax.Array, d_y: jax.Array) -> dict[str, Statistics]:
+def observe_product(
+    rule: Any, x: jax.Array, w: jax.Array, d_y: jax.Array, wgrad_x: jax.Array | None = None,
+    wgrad_dy: jax.Array | None = None,
+) -> dict[str, Statistics]:
     """Statistics of all `OPERANDS` of y = x w and of its gradients, for x [..., D], w [.., D, F] and d_y [..., F].
 
+    `wgrad_x` and `wgrad_dy` are what the weight gradient reads, where that is not x and d_y (experts' rows of tokens).
     `rule` has an operand of every name; `kept` may be None, or what `fprop_x` is: then there is nothing to measure.
     Fprop sums over D, Dgrad over F, Wgrad over tokens (all but the last axis of x), so the same array is measured
     twice, with tiles along each. Every operand is measured against the array itself, also where it is made from `kept`.
     """
-    x_TD, d_y_TF = (array.reshape(-1, array.shape[-1]) for array in (x, d_y))
+    flat = lambda array: array.reshape(-1, array.shape[-1])
+    x_TD, d_y_TF = flat(x), flat(d_y)
     arrays = {"fprop_x": (x_TD, -1), "fprop_w": (w, -2), "dgrad_dy": (d_y_TF, -1), "dgrad_w": (w, -1),
-              "wgrad_x": (x_TD, -2), "wgrad_dy": (d_y_TF, -2)}
+              "wgrad_x": (x_TD if wgrad_x is None else flat(wgrad_x), -2),
+              "wgrad_dy": (d_y_TF if wgrad_dy is None else flat(wgrad_dy), -2)}
     found = {name: observe(array, getattr(rule, name), inner) for name, (array, inner) in arrays.items()}
     own = rule.kept is not None and rule.kept != rule.fprop_x
     return found | {"kept": observe(x_TD, rule.kept) if own else zero_statistics()}
@@ -119,10 +128,10 @@ def rates(statistics: Statistics) -> dict[str, Any]:
 
     - `underflow`: of the elements that are not zero, the share stored as zero.
     - `subnormal`: of the same, the share stored with fewer significant bits than the format has.
-    - `saturation`: of the same, the share at the largest code, beyond the one element of every tile that an online
-      scale puts there. It rises where values bunch at the top of their tiles.
+    - `saturation`: of the same, the share at the largest code, but for one in every tile that has any: the element that
+      set the scale. It rises where values bunch at the top of their tiles.
     - `nonfinite`: the share of elements that are NaN or infinite.
-    - `error`: norm of x' - x over norm of x.
+    - `error`: norm of x' - x over norm of x, of all that is finite.
     - `scales`: tiles by the logarithm of their scale; `log2_scale` is its median, to the width of a bin.
     """
     s = Statistics(*(np.asarray(value, np.float64) for value in statistics))
@@ -133,7 +142,7 @@ def rates(statistics: Statistics) -> dict[str, Any]:
         "elements": int(s.elements),
         "underflow": share(s.underflow, s.nonzero),
         "subnormal": share(s.subnormal, s.nonzero),
-        "saturation": share(max(s.largest - tiles, 0), s.nonzero),
+        "saturation": share(s.largest - s.topped, s.nonzero),
         "nonfinite": share(s.nonfinite, s.elements),
         "error": share(np.sqrt(s.error_square), np.sqrt(s.square)),
         "log2_scale": float(LOWEST + WIDTH * (middle + 0.5)) if tiles else 0.0,

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from dsv3.quant.formats import Format
+from dsv3.quant.formats import FLOAT32_SMALLEST_EXPONENT, Format
 
 BFLOAT16 = Format("bfloat16", 8, 7, float(jnp.finfo(jnp.bfloat16).max), True, np.dtype(ml_dtypes.bfloat16))
 
-FLOAT32_MANTISSA, FLOAT32_SMALLEST_EXPONENT = 23, -126
+FLOAT32_MANTISSA = 23
 MAGNITUDE = np.uint32(0x7FFF_FFFF)
 
 

@@ -26,17 +26,17 @@ def parameter_bytes(optimizer: OptimizerConfig) -> dict[str, float]:
 
 
 def storage_table(optimizer: OptimizerConfig) -> str:
-    """All of it as a Markdown table."""
+    """All of it as a Markdown table; activations as they wait in a bfloat16 model by the recipe `fp8`."""
     rows = [(name, "float32" if name in ("master", "gradient") else optimizer.moment_dtype, size)
             for name, size in parameter_bytes(optimizer).items()]
     rows += [
         ("**kept of a parameter**", "", sum(parameter_bytes(optimizer).values())),
         ("working copy", "bfloat16", element_bytes("bfloat16")),
         ("working copy, one of two layouts", "E4M3, 128 × 128", element_bytes("e4m3", BLOCK)),
-        ("activation", "E4M3, 1 × 128", element_bytes("e4m3", ALONG_ROWS)),
-        ("activation", "E5M2, 1 × 128", element_bytes("e5m2", ALONG_ROWS)),
+        ("activation, input of a product or of SwiGLU", "E4M3, 1 × 128", element_bytes("e4m3", ALONG_ROWS)),
         ("activation, input of `attn.o`", "E5M6 packed, 1 × 128", element_bytes("e5m6", ALONG_ROWS)),
-        ("activation", "bfloat16", element_bytes("bfloat16")),
-        ("activation", "float32", element_bytes("float32"))]
+        ("activation, input of a layer or a norm", "bfloat16", element_bytes("bfloat16")),
+        ("activation, scores of the gate", "float32", element_bytes("float32")),
+        ("gradient of an activation, in use only", "E4M3 or E5M2, 1 × 128", element_bytes("e5m2", ALONG_ROWS))]
     lines = ["| of one parameter or element | format | bytes |", "|---|---|---|"]
     return "\n".join(lines + [f"| {name} | {fmt} | {size:.6g} |" for name, fmt, size in rows])

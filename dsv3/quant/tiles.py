@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3.config import require
-from dsv3.quant.formats import Format, decode, encode
+from dsv3.quant.formats import FLOAT32_SMALLEST_EXPONENT, Format, decode, encode
 
 ALONG_ROWS, ALONG_COLUMNS, BLOCK, TENSOR = (1, 128), (128, 1), (128, 128), None
 """Tiles of the last two axes: activations in the forward pass, the same for weight gradients, weights, and no tiles."""
 
 SMALLEST_AMAX = 2.0 ** -100
-"""Scales stay normal float32 numbers, which no device flushes to zero; a tile this small is all zeros in effect."""
+"""Scales stay normal float32 numbers, which no device flushes to zero; a tile this small is all zeros in effect. More
+for formats beyond 2^26."""
 
 
 class Quantized(NamedTuple):
@@ -59,9 +60,13 @@ def scale_of(amax: jax.Array, fmt: Format, *, power_of_two: bool) -> jax.Array:
 
     A tile with an infinity or a NaN has that as its scale, and so comes out as NaN. The quotient is a product with the
     float32 reciprocal of `largest`, here and in `quantize`: XLA turns a division by a broadcast value into one anyway,
-    and the fast forms must agree to the bit.
+    and the fast forms must agree to the bit. Raises `UserError` for a format that reaches so far that this reciprocal
+    is no normal float32 number.
     """
-    scale = jnp.maximum(amax, SMALLEST_AMAX) * np.float32(1 / fmt.largest)
+    normal = 2.0 ** FLOAT32_SMALLEST_EXPONENT
+    require(1 / fmt.largest >= normal, f"format {fmt.name!r} reaches {fmt.largest:.3g}, and scales to that vanish in "
+            "float32; give it a `largest` of 2^126 at most")
+    scale = jnp.maximum(amax, max(SMALLEST_AMAX, normal * fmt.largest)) * np.float32(1 / fmt.largest)
     if power_of_two:
         mantissa, exponent = jnp.frexp(scale)
         rounded = jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5))

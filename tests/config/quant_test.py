@@ -18,7 +18,8 @@ from dsv3.config import (
     resolve,
     to_dict,
 )
-from dsv3.config.quant import OPERANDS, RECIPES, SITES, change_all, change_operands
+from dsv3.config.quant import FORMATS, OPERANDS, RECIPES, SITES, change_all, change_operands
+from dsv3.quant import formats
 from experiments.launch import load_config
 
 FP8 = resolve("fp8")
@@ -82,6 +83,10 @@ def test_the_first_site_that_matches_wins():
     assert replace(FP8, sites=(*FP8.sites, free)).rule_of("attn.o") == FP8.sites[0].rule
 
 
+def test_a_recipe_may_name_every_format_there_is():
+    assert list(FORMATS) == list(formats.FORMATS) == [fmt.name for fmt in formats.FORMATS.values()]
+
+
 def test_a_misspelt_site_is_refused():
     with pytest.raises(UserError, match="'atn.o' matches none of attn.q, "):
         Site(pattern="atn.o", rule=None)
@@ -100,8 +105,13 @@ def test_a_recipe_survives_json_and_the_command_line():
     assert override(spelled, {"quant": "bf16"}).recipe is None
     with pytest.raises(UserError, match="config.quant is 'fp9'"):
         override(tiny, {"quant": "fp9"})
-    with pytest.raises(UserError, match="config.quant is 'fp8' and has no fields to set"):
+    with pytest.raises(UserError, match="config.quant is 'fp8' and has no fields to set; a config file that gives the "
+                       "QuantConfig itself has them"):
         override(tiny, {"quant.default.interval": "64"})
+    with pytest.raises(UserError, match="config.quant is set both as a whole and field by field; keep one; a config "
+                       "file that gives the QuantConfig itself"):
+        override(tiny, {"quant": "fp8", "quant.default.interval": "64"})
+    assert override(spelled, {"quant.default.interval": "64"}).recipe.default.interval == 64
 
 
 @pytest.mark.parametrize("change, said", [
@@ -117,7 +127,11 @@ def test_a_recipe_survives_json_and_the_command_line():
     (lambda: replace(RULE, fprop_w=RULE.fprop_x), "rule.fprop_w.tile is 'inner'"),
     (lambda: replace(RULE, accumulator="hopper", dgrad_dy=replace(RULE.dgrad_dy, format="e5m2")),
      "rule.dgrad_dy has another format"),
-    (lambda: replace(FP8, sites=(Site(pattern="experts.down", rule=None),)), "give both a rule or neither"),
+    (lambda: replace(FP8, sites=(Site(pattern="experts.down", rule=None),)), "one of experts.gate_up and experts.down; "
+     ".* give both a rule or neither"),
+    (lambda: replace(FP8, sites=(Site(pattern="shared.gate_up", rule=None),)), "one of shared.gate_up and shared.down"),
+    (lambda: replace(FP8, sites=(Site(pattern="mlp.gate_up", rule=RULE), Site(pattern="*", rule=None))),
+     "one of mlp.gate_up and mlp.down"),
     (lambda: replace(FP8, layers=(Layers(first=3, last=3, sites=(Site(pattern="experts.down", rule=None),)),)),
      "give both a rule or neither"),
     (lambda: Layers(first=3, last=2, sites=()), "first 3 and last 2; expected 0 <= first <= last"),

@@ -163,8 +163,8 @@ def test_what_just_fits_into_shared_memory_is_not_refused():
 def test_refusals_of_products():
     rule, reasons = resolve("fp8").default, []
     kernels = hopper_kernels(KIND, ATTENTION, reasons.append)
-    kernels.products(rule.interval, "hopper")
-    kernels.products(64, rule.accumulator)
+    slow = kernels.products(rule.interval, "hopper"), kernels.products(64, rule.accumulator)
+    assert all(products.dot.func is REFERENCE.products(64, "float32").dot.func for products in slow)
     assert len(reasons) == 2 and "accumulator" in reasons[0] and "every 64" in reasons[1]
     rows = REFERENCE.quantize_rows(jnp.ones((128, 128), jnp.bfloat16), replace(rule.fprop_x, format="e5m6"))
     blocks, _ = REFERENCE.quantize_weights(jnp.ones((128, 128), jnp.float32), rule.fprop_w)

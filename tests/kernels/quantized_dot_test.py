@@ -134,6 +134,62 @@ def test_as_flax_takes_it():
         fp8_dot_general(RULE)(x[None], w[None], (((2,), (1,)), ((0,), (0,))))
 
 
+def test_flax_in_bfloat16_rounds_masters_before_and_their_gradient_after():
+    dense = nn.Dense(N, use_bias=False, dtype=jnp.bfloat16, dot_general=fp8_dot_general(RULE))
+    x, w, d_y = (jnp.asarray(array, jnp.float32) for array in problem())
+    x, d_y = x.astype(jnp.bfloat16), d_y.astype(jnp.bfloat16)
+    y, d_x, d_w = run(lambda x, w: dense.apply({"params": {"kernel": w}}, x), x, w, d_y)
+    assert (y.dtype, d_x.dtype, d_w.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    coarse = w.astype(jnp.bfloat16).astype(jnp.float32)
+    wanted = run(lambda x, w: quantized_dot(x, w, RULE), x, coarse, d_y)
+    for got, expected in zip((y, d_x, d_w), (*wanted[:2], wanted[2].astype(jnp.bfloat16)), strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(expected, np.float32))
+
+
+def test_the_dtype_that_is_asked_for_is_what_the_sum_is_rounded_to():
+    """bfloat16 operands, a float32 result: as exact as float32 is. The gradient of x is bfloat16 again."""
+    x, w, d_y = (jnp.asarray(array, jnp.bfloat16) for array in problem())
+    hook = fp8_dot_general(RULE)
+    got = run(lambda x, w: hook(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32), x, w, d_y)
+    assert [array.dtype for array in got] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
+    wanted = three_products(*(np.asarray(array, np.float32) for array in (x, w, d_y)), RULE)
+    for actual, expected, bound in zip(got, wanted, (1e-6, 4e-3, 4e-3), strict=True):
+        assert distance(np.asarray(actual, np.float32), expected) < bound
+
+
+@pytest.mark.parametrize("rule", ["fp8", resolve("fp8"), None], ids=["a name", "a recipe", "None"])
+def test_what_is_no_rule_is_refused(rule):
+    x, w = jnp.ones((128, 128)), jnp.ones((128, 128))
+    for product in (lambda: fp8_dot_general(rule), lambda: quantized_dot(x, w, rule),
+                    lambda: fp8_grouped_dot(x, jnp.full(1, 128), w[None], rule)):
+        with pytest.raises(UserError, match=r"has a Rule, not '.*take one of a recipe, such as resolve\('fp8'\)"):
+            product()
+
+
+def grouped(x, w, n_sizes=2):
+    return fp8_grouped_dot(x, jnp.ones(n_sizes, jnp.int32), w, RULE)
+
+
+@pytest.mark.parametrize("product, x, w, said", [
+    (lambda x, w: quantized_dot(x, w, RULE), (4, 200), (256, 136), "axis of x is 200, the inner axis of w is 256"),
+    (lambda x, w: quantized_dot(x, w, RULE), (4, 256), (200, 136), "is 256, the inner axis of w is 200"),
+    (lambda x, w: fp8_dot_general(RULE)(x, w, (((1,), (0,)), ((), ()))), (4, 200), (256, 136), "is 200, .* is 256"),
+    (grouped, (128, 200), (2, 256, 136), "is 200, the inner axis of w is 256"),
+    (lambda x, w: grouped(x, w, 3), (384, 128), (2, 128, 136), r"sizes have shape \(3,\), and w_EKN has 2 experts"),
+    (lambda x, w: grouped(x, w, 1), (384, 128), (2, 128, 136), r"sizes have shape \(1,\), and w_EKN has 2 experts"),
+], ids=["short x", "short w", "flax", "rows", "too many sizes", "too few sizes"])
+def test_sizes_that_padding_would_hide_are_refused(product, x, w, said):
+    with pytest.raises(UserError, match=said):
+        product(jnp.ones(x), jnp.ones(w))
+
+
+def test_integers_are_refused():
+    with pytest.raises(UserError, match="x is int32; a product in 8 bits takes floating-point numbers"):
+        quantized_dot(jnp.ones((4, 128), jnp.int32), jnp.ones((128, 136)), RULE)
+    with pytest.raises(UserError, match="x is int8"):
+        grouped(jnp.ones((128, 128), jnp.int8), jnp.ones((2, 128, 136)))
+
+
 @pytest.mark.parametrize("place", ["x", "w", "d_y"])
 def test_bad_numbers_come_out_bad(place):
     arrays = dict(zip(("x", "w", "d_y"), problem(), strict=True))

@@ -86,7 +86,25 @@ def test_hoppers_accumulator_is_the_model_of_it():
     exact, errors = (in_64(decode_tiles(a)) @ in_64(decode_blocks(b)).T)[:4], []
     for interval in (32, 128, 256):  # 256 does not divide 384
         errors.append(distance(products(interval, "hopper").dot(a, b, jnp.float32)[:4], exact))
-    assert errors == sorted(errors) and errors[0] > 0
+    assert 0 < errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("interval", [128, 256, 512])
+def test_an_experts_rows_are_promoted_as_late_as_the_rule_says(interval):
+    """Each expert's weight gradient is the model's sum of its own rows, from its first block on, to the last bit."""
+    rows, starts, steps, _ = groups()
+    rows = jnp.abs(rows[:, :128])
+    a, b = quantize_columns(rows, TENSOR), quantize_columns(jnp.abs(normal(3, len(rows), 128)), TENSOR)
+    got = jax.jit(products(interval, "hopper").grouped_weight_gradient)(a, b, starts, steps)
+    for e, (start, n) in enumerate(zip(np.asarray(starts), np.asarray(steps), strict=True)):
+        mine, missing = slice(start, start + 128 * n), -128 * n % interval
+        left, right = (jnp.pad(x.values[:, mine], ((0, 0), (0, missing))) for x in (a, b))
+        scales = [jnp.broadcast_to(x.scales[:1].T, (128, left.shape[1] // interval)) for x in (a, b)]
+        np.testing.assert_array_equal(
+            got[e], promoted_dot(left, right, *scales, interval, tensor_core=True) if n else np.zeros((128, 128)))
+    whole = products(interval, "hopper")
+    one = whole.grouped_weight_gradient(a, b, jnp.zeros(1, jnp.int32), jnp.full(1, len(rows) // 128))[0]
+    np.testing.assert_array_equal(one, whole.weight_gradient(a, b))
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.config import UserError
-from dsv3.quant.formats import E4M3, E5M2, E5M6, decode, encode, format_of, pack, round_to, unpack
+from dsv3.quant.formats import E4M3, E5M2, E5M6, Format, decode, encode, format_of, pack, round_to, unpack
+from dsv3.quant.stochastic import BFLOAT16
 
 ALL = [E4M3, E5M2, E5M6]
 names = pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: fmt.name)
@@ -98,6 +99,26 @@ def test_eight_bit_rounding_is_that_of_ml_dtypes(fmt):
     x = np.clip(x, -fmt.largest, fmt.largest)
     ours = np.asarray(encode(jnp.asarray(x), fmt)).view(np.uint8)
     np.testing.assert_array_equal(ours, x.astype(fmt.dtype).view(np.uint8))
+
+
+def test_bfloat16_is_rounded_as_by_ml_dtypes():
+    """Its subnormals are float32's, which devices flush; zero stays zero."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal(100_000) * 2.0 ** rng.uniform(-100, 120, 100_000)).astype(np.float32)
+    x[:4] = 0, -0.0, 2.0 ** -126, np.inf
+    np.testing.assert_array_equal(round_to(jnp.asarray(x), BFLOAT16), x.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize("row, said", [
+    (("e4m7", 4, 7, 240.0, True, None), "'e4m7' has no dtype, and only E5M6 has a packed layout; give it a dtype"),
+    (("e6m5", 6, 5, 2.0 ** 26, True, None), "'e6m5' has no dtype"),
+    (("e4m7", 4, 7, 240.0, True, np.dtype(ml_dtypes.float8_e4m3fn)), "'e4m7' does not fit into float8_e4m3fn"),
+    (("e5m2", 5, 2, 57344.0, True, np.dtype(ml_dtypes.float8_e4m3fn)), "'e5m2' does not fit"),
+    (("e4m3", 4, 3, 480.0, True, np.dtype(ml_dtypes.float8_e4m3fn)), "'e4m3' does not fit"),
+])
+def test_a_format_that_nothing_stores_is_refused(row, said):
+    with pytest.raises(UserError, match=said):
+        Format(*row)
 
 
 @names

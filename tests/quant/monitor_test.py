@@ -59,6 +59,7 @@ def oracle(x, operand, inner):
         counts["underflow"] += ((part != 0) & (values == 0)).sum()
         counts["subnormal"] += ((values != 0) & (np.abs(values) < 2.0 ** fmt.smallest_exponent)).sum()
         counts["largest"] += (np.abs(values) == fmt.largest).sum()
+        counts["topped"] += (np.abs(values) == fmt.largest).any()
         counts["square"] += (part.astype(np.float64) ** 2).sum()
         counts["error_square"] += ((values.astype(np.float64) * scale - part) ** 2).sum()
     return Statistics(*counts.values(), bins)
@@ -102,6 +103,16 @@ def test_saturation_counts_what_bunches_at_the_top_and_not_the_one_that_sets_the
     x[:, 8:40] = -0.99  # within half a step of E4M3 of the largest
     assert rates(observed(jnp.asarray(x), Operand(), -1))["saturation"] == 32 / 128
     assert rates(observed(jnp.asarray(x), Operand(power_of_two=True), -1))["saturation"] == 0
+    x[:, 64:] = 0  # of those that are not zero
+    assert rates(observed(jnp.asarray(x), Operand(), -1))["saturation"] == 32 / 64
+
+
+def test_saturation_takes_one_element_off_those_tiles_only_that_reach_the_top():
+    """Where scales are powers of two few do: here one tile of forty, with twenty elements."""
+    x = np.full((40, 128), 300, np.float32)
+    x[0, :20] = 448
+    found = observed(jnp.asarray(x), Operand(power_of_two=True), -1)
+    assert found.topped == 1 and rates(found)["saturation"] == 19 / x.size
 
 
 def test_underflow_subnormals_and_error_by_hand():
@@ -120,7 +131,11 @@ def test_bad_numbers_are_counted_and_spoil_no_sum():
     x[1, 3], x[1, 200] = np.nan, -np.inf
     found = rates(observed(jnp.asarray(x), Operand(), -1))
     assert found["nonfinite"] == 2 / x.size and sum(found["scales"]) == 4
-    assert np.isfinite(observed(jnp.asarray(x), Operand(), -1).square)
+    x[0] = np.random.default_rng(0).standard_normal(256)
+    found = rates(observed(jnp.asarray(x), Operand(), -1))
+    good = rates(observed(jnp.asarray(x[::2]), Operand(), -1))  # both tiles of the other row are spoilt
+    assert found["nonfinite"] == 2 / x.size and good["error"] > 0.001
+    np.testing.assert_allclose(found["error"], good["error"], rtol=1e-5)
 
 
 def test_an_array_of_zeros_has_rates_of_zero():

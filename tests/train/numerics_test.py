@@ -28,17 +28,21 @@ from dsv3.config import Layers, Operand, QuantConfig, Site, UserError
 from dsv3.config.quant import RECIPES, SITES
 from dsv3.kernels.attention import Heads, rotary_attention
 from dsv3.kernels.dot import dot
+from dsv3.kernels.fp8_kernels import REFERENCE as KERNELS
 from dsv3.kernels.norm import rms_norm
+from dsv3.kernels.scaled import decode_tiles
 from dsv3.kernels.swiglu import swiglu
+from dsv3.kernels.watched import take
 from dsv3.model import watching_ops as watching_ops_module
-from dsv3.model.ops import reference_ops
+from dsv3.model.fp8_ops import fp8_ops
+from dsv3.model.ops import ExpertWeights, reference_ops
 from dsv3.model.transformer import Transformer
 from dsv3.model.watching_ops import SITES as WATCHED
 from dsv3.model.watching_ops import site_of, watching_ops
 from dsv3.parallel.mesh import place_local
 from dsv3.quant.monitor import OPERANDS, observe_product, rates, zero_statistics
 from dsv3.train.loop import train
-from dsv3.train.numerics import NumericsWriter, numerics, numerics_table
+from dsv3.train.numerics import LIKE, NumericsWriter, numerics, numerics_table
 from dsv3.train.step import Knobs, make_gradients
 
 KNOBS = Knobs(*map(np.float32, (1e-2, 0.01, 0.3, 1e-2)))
@@ -86,9 +90,10 @@ def o_records():
     return records_of(ONE_LAYER, only(COARSE, "attn.o"))
 
 
-def sums_of_squares(rule, x, w, d_y):
+def sums_of_squares(rule, x, w, d_y, wgrad_x=None, wgrad_dy=None):
     """In place of what `observe_product` measures: quick to compile, and told apart by layer, site and operand."""
-    sums = zip(OPERANDS, (x, w, d_y, w, x, d_y, x), strict=True)
+    for_wgrad = x if wgrad_x is None else wgrad_x, d_y if wgrad_dy is None else wgrad_dy
+    sums = zip(OPERANDS, (x, w, d_y, w, *for_wgrad, x), strict=True)
     return {name: zero_statistics()._replace(elements=jnp.float32(array.size), square=jnp.sum(array ** 2),
                                              error_square=jnp.sum(array ** 4)) for name, array in sums}
 
@@ -179,7 +184,7 @@ def captured(config):
 def test_figures_are_those_of_the_operands_themselves():
     """Tensors taken out of an unwatched step another way, measured one by one."""
     sites = ("attn.q_a", "attn.kv_b", "attn.o", "shared.down")
-    found = by_name(records_of(ONE_LAYER, only(COARSE, *sites)))
+    found = by_name(records_of(ONE_LAYER, only(COARSE, "shared.gate_up", *sites)))
     products = captured(ONE_LAYER)
     assert len(products) == 7 and all(len(calls) == 1 for calls in products.values())
     for site in sites:
@@ -236,7 +241,7 @@ def test_a_site_without_a_rule_has_no_record_and_a_recipe_shows(o_records):
 @pytest.mark.slow
 def test_every_layer_is_measured_by_its_own_rules(monkeypatch):
     """One of two MoE layers under one scan has no rule, and only the MTP module has its inputs in another format."""
-    def formats(rule, x, w, d_y):
+    def formats(rule, *arrays, **for_wgrad):
         """In place of an error, the bits of the format's mantissa."""
         bits = {"e4m3": 3.0, "e5m2": 2.0, "e5m6": 6.0}
         return {name: zero_statistics()._replace(
@@ -283,6 +288,47 @@ def test_watching_changes_neither_the_losses_nor_any_other_gradient(quick):
             assert distance(leaf, expected) < 1e-5, path
             compared += 1
     assert compared == 8  # embedding, head, gate, and five norms
+
+
+@pytest.mark.slow
+def test_experts_are_measured_on_what_a_run_quantises(quick):
+    """Tokens and not yet rows, d_y without the gate's weights and h with them, as the run's own kernels hold them."""
+    n_tokens, dim, f, n_experts, k = 40, 24, 16, 5, 2
+    rng = np.random.default_rng(0)
+    topk = jnp.asarray([rng.permutation(n_experts)[:k] for _ in range(n_tokens)])
+    h, gate, up, down, d_y = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (
+        (n_tokens, dim), (n_tokens, k), (n_experts, dim, 2 * f), (n_experts, f, dim), (n_tokens, dim)))
+    held = {}
+
+    def listening_to(name, *operands):
+        def run(*arguments):
+            results = getattr(KERNELS, name)(*arguments)
+            for operand, result in zip(operands, results if type(results) is tuple else (results,), strict=False):
+                held.setdefault(operand, []).append(float(jnp.sum(decode_tiles(result) ** 2)))
+            return results
+        return run
+
+    kernels = KERNELS._replace(
+        quantize_rows=listening_to("quantize_rows", "tokens"), swiglu_quantize=listening_to("swiglu_quantize", "h"),
+        swiglu_backward_quantize=listening_to("swiglu_backward_quantize", "d_gate_up", "d_gate_up_columns", "wh"),
+        requantize_columns=listening_to("requantize_columns", "columns"))
+
+    def pulled(ops):
+        run = lambda h, gate, *weights: ops.moe(h, topk, gate, ExpertWeights(*weights))
+        return jax.vjp(run, h, gate, up, down)[1](d_y)
+
+    pulled(fp8_ops(RECIPES["fp8"], kernels))
+    (x, dy), (x_columns, dy_columns) = held["tokens"], held["columns"]
+    expected = {
+        2: dict(fprop_x=x, wgrad_x=x_columns, dgrad_dy=held["d_gate_up"][0], wgrad_dy=held["d_gate_up_columns"][0]),
+        3: dict(fprop_x=held["h"][0], wgrad_x=held["wh"][0], dgrad_dy=dy, wgrad_dy=dy_columns)}
+    gradients = pulled(watching_ops(RECIPES["fp8"], quantized=True))
+    for argument, squares in expected.items():
+        found = take(gradients[argument], LIKE)
+        for operand, square in squares.items():
+            np.testing.assert_allclose(found[operand].square, square, rtol=0.03, err_msg=operand)
+    assert abs(expected[3]["wgrad_x"] / expected[3]["fprop_x"] - 1) > 0.1  # the gate's weights show
+    np.testing.assert_allclose(dy_columns, k * dy, rtol=0.01)
 
 
 def events(directory):
