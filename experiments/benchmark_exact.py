@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3.kernels import scaled_products_hopper
-from dsv3.kernels.grouped_dot import block_experts, block_starts, padded_rows
+from dsv3.kernels.grouped_dot import block_experts, block_starts, of_experts, padded_rows
 from dsv3.kernels.scaled import TILE, Blocks, Tiles
 from dsv3.quant.accumulate import promoted_dot
 from dsv3.quant.formats import E4M3
@@ -100,7 +100,7 @@ def modelled_groups(a: Tiles, b: Blocks, expert_Z: jax.Array) -> jax.Array:
     """Every block of 128 rows with the matrix of its expert."""
     def one(block):
         values, scales, expert = block
-        return modelled(Tiles(values, scales), jax.tree.map(lambda x: x[expert], b))
+        return modelled(Tiles(values, scales), jax.tree.map(lambda x: of_experts(x, expert), b))
 
     by_block = a.values.reshape(-1, TILE, a.values.shape[1]), jnp.moveaxis(
         a.scales.reshape(a.scales.shape[0], -1, TILE), 1, 0), expert_Z

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dsv3.kernels import attention_backward_hopper, attention_hopper, fp8_hopper, scaled_dot_hopper
 from dsv3.kernels.attention import Heads
 from dsv3.kernels.fp8_kernels import REFERENCE
-from dsv3.kernels.grouped_dot import block_experts, padded_rows
+from dsv3.kernels.grouped_dot import block_experts, of_experts, padded_rows
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles, whole
 from dsv3.kernels.scaled_products_hopper import DECODING, NARROW, cost, default_tuning
 from dsv3.kernels.scaled_warpgroups_hopper import DEPTH, HALF, ROWS, Tuning
@@ -108,7 +108,7 @@ def grouped_inputs(shape: tuple[int, ...], seed: int) -> tuple[Tiles, Blocks, ja
 def grouped_expected(a: Tiles, b: Blocks, expert_Z: jax.Array) -> jax.Array:
     """One block of rows after the other, each with the decoded matrix of its expert."""
     numbers_ZMK = decode_tiles(a).reshape(-1, TILE, a.values.shape[1])
-    one = lambda block: block[0] @ decode_blocks(jax.tree.map(lambda x: x[block[1]], b)).T
+    one = lambda block: block[0] @ decode_blocks(jax.tree.map(lambda x: of_experts(x, block[1]), b)).T
     out_ZMN = jax.lax.map(lambda block: one(block).astype(jnp.bfloat16), (numbers_ZMK, expert_Z))
     return out_ZMN.reshape(-1, out_ZMN.shape[2])
 
@@ -220,7 +220,7 @@ LENGTHS = ((4096,), (2048,), (8192,))
 FORWARD_ATTENTION = [attention_hopper.Settings(*how) for how in (
     (128, 2, True), (128, 2, False), (64, 4, True), (64, 3, True), (64, 4, False))]
 BACKWARD_ATTENTION = [attention_backward_hopper.Settings(*how) for how in (
-    (3, True, 3, True), (3, False, 3, True), (3, True, 3, False), (3, False, 3, False), (2, True, 2, True))]
+    (3, True, 3, False), (3, True, 3, True), (2, True, 2, False), (3, True, 3, False, 0), (3, False, 3, True, 0))]
 
 
 def attention_inputs(shape: tuple[int, ...], seed: int) -> tuple[jax.Array, ...]:

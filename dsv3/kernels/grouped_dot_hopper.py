@@ -162,7 +162,10 @@ def _multiply_over_rows(acc, a, b, group):
 
 
 def rows_times_experts(rows_JK: jax.Array, expert_Z: jax.Array, w: jax.Array, *, transpose: bool) -> jax.Array:
-    """rows @ w[expert of the row's block], or @ w[expert]^T: the product and its gradient by rows, both bfloat16."""
+    """rows @ w[expert of the row's block], or @ w[expert]^T: the product and its gradient by rows, both bfloat16.
+
+    Blocks of expert E, which is none, are zeros.
+    """
     n_out = w.shape[1 if transpose else 2]
     width = tile_width(n_out)
     n_wide = n_out // width
@@ -170,10 +173,11 @@ def rows_times_experts(rows_JK: jax.Array, expert_Z: jax.Array, w: jax.Array, *,
     def tile_of(index, expert_ref, rows_ref, w_ref, out_ref):
         block, column = lax.div(index, n_wide), lax.rem(index, n_wide)
         rows, columns = pl.ds(block * BLOCK, BLOCK), pl.ds(column * width, width)
-        matrix = w_ref.at[expert_ref[block]]
+        expert, some = expert_ref[block], jnp.int32(w.shape[0])
+        matrix = w_ref.at[lax.min(expert, some - 1)]
         depth = lambda step: pl.ds(step * STEP, STEP)
         return Tile(
-            rows_JK.shape[1] // STEP,
+            lax.select(expert < some, jnp.int32(rows_JK.shape[1] // STEP), jnp.int32(0)),
             lambda step: rows_ref.at[rows, depth(step)],
             lambda step: matrix.at[columns, depth(step)] if transpose else matrix.at[depth(step), columns],
             out_ref.at[rows, columns])

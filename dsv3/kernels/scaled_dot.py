@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3.config import require
-from dsv3.kernels.grouped_dot import block_experts, block_starts, padded_rows
+from dsv3.kernels.grouped_dot import block_experts, block_starts, of_experts, padded_rows
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles
 from dsv3.quant.accumulate import promoted_dot
 
@@ -63,9 +63,9 @@ def scaled_grouped_dot(
 ) -> jax.Array:
     """Every block of 128 rows of a [J, K] times the matrix of its own expert, b [E, N, K]: [J, N].
 
-    `expert_Z` int32 [J / 128] names the expert of every block.
+    `expert_Z` int32 [J / 128] names the expert of every block; E is none, whose blocks give zeros.
     """
-    chosen = jax.tree.map(lambda array: array[expert_Z], b)
+    chosen = jax.tree.map(lambda array: of_experts(array, expert_Z), b)
     out_ZMN = _each(multiply, _row_blocks(a), chosen)
     return out_ZMN.reshape(-1, out_ZMN.shape[2]).astype(out_dtype)
 

@@ -99,7 +99,10 @@ def _out(ref, row, column, width):
 def rows_times_blocks(
     a: Tiles, b: Blocks, expert_Z: jax.Array | None, out: jax.ShapeDtypeStruct, tuning: Tuning,
 ) -> jax.Array:
-    """a [M, K] times b [E, N, K] of the expert of every 128 rows (or b [N, K]): out [m <= M, n <= N]."""
+    """a [M, K] times b [E, N, K] of the expert of every 128 rows (or b [N, K]): out [m <= M, n <= N].
+
+    Rows of expert E, which is none, are taken for zeros: their tiles have no more steps than they must.
+    """
     require(expert_Z is None or tuning.pair != "b", f"{tuning}: neighbouring rows of tiles may belong to two "
             "experts, so they cannot share columns of b; use pair 'a' or None")
     m, n = out.shape
@@ -114,11 +117,16 @@ def rows_times_blocks(
         experts, (a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref) = refs[:-5], refs[-5:]
         row, column = place(index)
         rows, columns = pl.ds(row * ROWS, ROWS), pl.ds(column * width, width)
-        which = (experts[0][lax.min(row, last_row)],) if experts else ()
+        which, steps, real = (), max(n_steps, tuning.least), None if enough else jnp.int32(n_steps)
+        if experts:
+            expert, some = experts[0][lax.min(row, last_row)], jnp.int32(b.values.shape[0])
+            which = (lax.min(expert, some - 1),)
+            steps = lax.select(expert < some, jnp.int32(steps), jnp.int32(tuning.least))
+            real = lax.select(expert < some, jnp.int32(n_steps), jnp.int32(0))
         block = lambda i: lax.min(lax.div(column * width + i * segment, DEPTH), last_block)
         depth = lambda step: pl.ds(there(step) * DEPTH, DEPTH)
         return Tile(
-            max(n_steps, tuning.least), None if enough else jnp.int32(n_steps),
+            steps, real,
             lambda step: a_ref.at[rows, depth(step)],
             lambda step: a_scales_ref.at[there(step), rows],
             lambda step: b_ref.at[*which, columns, depth(step)],

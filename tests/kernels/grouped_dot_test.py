@@ -113,7 +113,7 @@ def test_blocks_know_their_expert(name):
     experts = block_experts(sizes_E, J // BLOCK, BLOCK)
     chex.assert_type(experts, jnp.int32)
     for block, expert in zip(expert_J.reshape(-1, BLOCK), np.asarray(experts), strict=True):
-        assert 0 <= expert < E and set(block) <= {expert, -1}
+        assert set(block) == {-1} if expert == E else 0 <= expert < E and {expert} <= set(block) <= {expert, -1}
 
 
 def test_starts_are_running_sums_of_whole_blocks():

@@ -81,13 +81,15 @@ def test_the_tiles_of_a_few_rows_run_all_at_once(n, width):
 @pytest.mark.slow
 @pytest.mark.parametrize("tuning", [Tuning(128, 4, None, 8), Tuning(128, 4, "a", 2)], ids=str)
 def test_a_grouped_product(tuning):
-    """Experts in any order, one without rows."""
+    """Experts in any order, one without rows; and rows of none, which give zeros whatever they hold."""
     rng = np.random.default_rng(1)
-    (a, a_numbers), (b, b_numbers) = tiles(rng, 384, 256), blocks(rng, 3, 256, 256)
-    expert_Z = np.array([2, 0, 2], np.int32)
-    out = jax.ShapeDtypeStruct((384, 256), jnp.float32)
-    expected = np.einsum("mk,mnk->mn", a_numbers, b_numbers[np.repeat(expert_Z, 128)])
-    assert_close(run(rows_times_blocks, a, b, jnp.asarray(expert_Z), out, tuning), expected)
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 512, 384), blocks(rng, 3, 256, 384)
+    expert_Z = np.array([2, 0, 2, 3], np.int32)
+    out = jax.ShapeDtypeStruct((512, 256), jnp.float32)
+    spoiled = a._replace(scales=a.scales.at[:, 384:].set(jnp.nan))
+    actual = run(rows_times_blocks, spoiled, b, jnp.asarray(expert_Z), out, tuning)
+    assert_close(actual[:384], np.einsum("mk,mnk->mn", a_numbers[:384], b_numbers[np.repeat(expert_Z[:3], 128)]))
+    np.testing.assert_array_equal(actual[384:], 0)
 
 
 @pytest.mark.slow
