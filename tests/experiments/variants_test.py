@@ -12,7 +12,7 @@ from dsv3.train.schedule import batch_sequences
 from experiments.launch import load_config, load_module
 from experiments.variants import Comparison, chosen, plan, seeds_of
 
-CONFIGS = ("ablation", "fp8", "fp8_from_scratch")
+CONFIGS = ("ablation", "fp8", "fp8_from_scratch", "fp8_tiny")
 
 
 def planned(name, workdir, seeds=("0",)):
