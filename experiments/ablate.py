@@ -30,7 +30,7 @@ from dsv3.train.loop import train
 from dsv3.train.stopping import Stopped
 from experiments import launch
 from experiments.children import describe
-from experiments.compare import curves, differences, figures, plot_comparison, read_run
+from experiments.compare import curves, differences, figures, plot_comparison
 from experiments.pool import Task, gpus_here, places, run_pool
 from experiments.report import ablation_table
 from experiments.variants import Comparison, Run, chosen, plan, seeds_of, short
@@ -64,6 +64,7 @@ def train_here(runs: Sequence[Run], start: str | None, workdir: Path) -> None:
     for run in runs:
         if run.settled():
             continue
+        run.check_start()
         run.directory.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # from an earlier start, or from another process of the job
             (run.directory / "data").symlink_to((workdir / "data").resolve(), target_is_directory=True)
@@ -109,7 +110,7 @@ def sum_up(runs: Sequence[Run], comparison: Comparison, warmup: int, workdir: Pa
     found = {name: {} for name in comparison.variants}
     waiting = []
     for run in runs:
-        trained = read_run(run.directory, run.config.train)
+        trained = run.trained()
         if trained.settled:
             found[run.variant][run.seed] = trained
         else:

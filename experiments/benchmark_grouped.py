@@ -1,9 +1,9 @@
 """Products of rows with the matrix of their own expert: python -m experiments.benchmark grouped [--peers] [--only=TEXT]
 
 Forward, by rows and by weights (float32 out), at V3's experts in 4 to 256 groups and at small_moe's; even, skewed and
-with empty groups. Operations count real rows; the kernels also pass over what pads every group to blocks of 128:
-forward and by rows as many blocks as the worst load would need, so that all loads have the same, by weights those that
-hold a row. cuBLASLt multiplies as many rows with one matrix of the same sizes, by weights too.
+with empty groups. Operations count real rows; the kernels also pass over what pads every group to blocks of 128 (blocks
+after the last group's are only written, zeros). cuBLASLt multiplies as many rows with one matrix of the same sizes, by
+weights too.
 """
 
 from collections.abc import Callable, Sequence
@@ -177,10 +177,10 @@ def cases_of(name: str, load: str, n_experts: int, n_rows: int, n_in: int, n_out
     return [
         Case(f"forward, {load}", name, lambda seed: (rows(2 * seed, n_in), weights(2 * seed + 1), sizes_E),
              contestants(False, n_rows, n_padded), flops,
-             scaled(n_rows * n_in, TILE) + read + 2 * n_rows * n_out, FP8_FLOPS, even("forward"), padded),
+             scaled(n_rows * n_in, TILE) + read + 2 * n_rows * n_out, FP8_FLOPS, even("forward"), n_padded),
         Case(f"by rows, {load}", name, lambda seed: (rows(2 * seed, n_out), weights(2 * seed + 1), sizes_E),
              contestants(True, n_rows, n_padded), flops,
-             scaled(n_rows * n_out, TILE) + read + 2 * n_rows * n_in, FP8_FLOPS, even("by rows"), padded),
+             scaled(n_rows * n_out, TILE) + read + 2 * n_rows * n_in, FP8_FLOPS, even("by rows"), n_padded),
         Case(f"by weights, {load}", name, lambda seed: (
                  rows(3 * seed, n_in), rows(3 * seed + 1, n_out), sizes_E, normal(3 * seed + 2, n_out, n_in)),
              weight_contestants(n_rows), flops,

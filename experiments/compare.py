@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from dsv3.config import TrainConfig
+from dsv3.config import TrainConfig, require
 from dsv3.train.metrics import read_metrics
 from dsv3.train.plots import smoothed
 
@@ -84,13 +84,15 @@ def differences(
 ) -> dict[tuple[str, str], np.ndarray]:
     """(variant, seed) -> d_t, for every settled run whose baseline has finished with the same seed.
 
-    Of one that diverged, up to the step before.
+    Of one that diverged, up to the step before. Raises `UserError` for two that begin at different steps.
     """
     found = {}
     for name, other in baselines.items():
         for seed, run in runs.get(name, {}).items():
             baseline = runs.get(other, {}).get(seed)
             if run.settled and baseline and baseline.validation:
+                require(run.first() == baseline.first(), f"{name!r} begins at step {run.first()} and {other!r}, its "
+                        f"baseline, at {baseline.first()}: they cannot be compared")
                 found[name, seed] = relative_difference(run.loss()[:run.good()], baseline.loss())
     return found
 

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 from dsv3.config import Config, UserError, from_dict, override, require
 from dsv3.config.schema import nearest
-from experiments.compare import read_run
+from experiments.compare import Trained, read_run
 
 
 class Comparison(NamedTuple):
@@ -38,6 +39,8 @@ class Comparison(NamedTuple):
                 f"NOISE of --config={path} is {comparison.noise!r}, which has no baseline in BASELINES")
         require(comparison.start is None or comparison.start in comparison.variants,
                 f"START of --config={path} is {comparison.start!r}, not among VARIANTS")
+        require(comparison.start not in {*comparison.baselines, *comparison.baselines.values()},
+                f"BASELINES of --config={path} names {comparison.start!r}, which the others only go on from")
         return comparison
 
 
@@ -49,11 +52,25 @@ class Run(NamedTuple):
     config: Config
     directory: Path
 
+    def trained(self) -> Trained:
+        """As far as it has come."""
+        return read_run(self.directory, self.config.train)
+
     def settled(self) -> bool:
-        """Whether it has finished or diverged with this very config."""
+        """Whether it has finished or diverged with this very config, wherever its start lay at that time."""
         file = self.directory / "config.json"
-        return (read_run(self.directory, self.config.train).settled and file.exists()
-                and from_dict(Config, json.loads(file.read_text())) == self.config)
+        anywhere = lambda config: replace(config, train=replace(config.train, start_from=None))
+        return (self.trained().settled and file.exists()
+                and anywhere(from_dict(Config, json.loads(file.read_text()))) == anywhere(self.config))
+
+    def check_start(self) -> None:
+        """Raise `UserError` unless the run that it goes on from has finished."""
+        if self.config.train.start_from is not None:
+            start = Path(self.config.train.start_from)
+            record = start / "config.json"
+            train = from_dict(Config, json.loads(record.read_text())).train if record.exists() else self.config.train
+            require(read_run(start, train).validation is not None,
+                    f"{self.directory.name} goes on from {start.name}, which has not finished; train that one first")
 
 
 def short(name: str) -> str:

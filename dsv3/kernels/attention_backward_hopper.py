@@ -66,9 +66,7 @@ ACROSS = NOPE + VALUE
 
 class Settings(NamedTuple):
     """What is tuned: blocks in flight, and whether the two warpgroups take turns, in the kernels of d_q and of d_kv.
-
-    dS is kept where it takes at most so many GiB.
-    """
+    dS is kept where it takes at most so many GiB."""
 
     d_q_stages: int = 3
     d_q_turns: bool = True
@@ -236,8 +234,7 @@ def _sum_queries(shared: Shared, tiles_of: Callable, source: Source, d_q, scale:
     with_turns(shared, group, settings.d_q_turns, lambda: tiles_of(one_tile, jnp.int32(0)))
 
 
-def _sum_keys(shared: Shared, tiles_of: Callable, source: Source, outputs, kept: Kept | None, scale: float,
-              settings: Settings, group):
+def _sum_keys(shared, tiles_of: Callable, source: Source, outputs, kept: Kept | None, scale, settings, group):
     """d_v = P^T d_o and d_k = scale dS^T q, of half a tile's keys: P and dS are transposed throughout."""
     d_kv, d_k_rope, *d_s_out = outputs
     turn = partial(in_turn, shared, group, settings.d_kv_turns)

@@ -63,9 +63,11 @@ def other_run(config: Config, abstract_state: TrainState, data: dict[str, str]) 
                 f"{name} and this run must both keep a moving average (train.ema), or neither")
 
     directory = Path(config.train.start_from)
-    require(any((directory / "checkpoints").glob("[0-9]*")), f"{name} holds no checkpoint; train that run first")
+    nothing = f"{name} holds no undamaged checkpoint; train that run first"
+    require((directory / "checkpoints").is_dir(), nothing)
     with Checkpoints(directory) as checkpoints:
-        found = checkpoints.restore(abstract_state, check, ema=keeps_ema)
+        found = checkpoints.restore(abstract_state, check, ema=keeps_ema, own=False)
+    require(found is not None, nothing)
     step = int(found[0].state.step)
     require(step < config.train.steps, f"{name} is at step {step} already; raise train.steps ({config.train.steps})")
     return found[0]

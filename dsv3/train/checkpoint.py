@@ -155,12 +155,13 @@ class Checkpoints:
             self._saving = None
 
     def restore(
-        self, abstract_state: TrainState, check: Callable[[Description], None], *, ema: bool,
+        self, abstract_state: TrainState, check: Callable[[Description], None], *, ema: bool, own: bool = True,
     ) -> tuple[Checkpoint, Description] | None:
         """The newest undamaged checkpoint, onto the shapes, dtypes and shardings of `abstract_state`; None if none is.
 
         `check` sees each checkpoint's description before its arrays are read, and may refuse it with a `UserError`.
-        A damaged checkpoint is named in the log and moved to `damaged/` in the workdir. Raises `UserError` if all are.
+        A damaged checkpoint is named in the log and, in one's `own` run, moved to `damaged/` in the workdir. Raises
+        `UserError` if all of those are.
         Imported weights come with zeros for everything else, and without a moving average.
         """
         trees = _arrays(abstract_state, _host(abstract_state.params) if ema else None)
@@ -172,7 +173,10 @@ class Checkpoints:
                 found = _together(lambda: self._read(step, trees, record))
                 _together(lambda: self._verify(step, found, record))
             except Damaged as damage:
-                self._set_aside(step, damage)
+                if own:
+                    self._set_aside(step, damage)
+                else:
+                    logging.error("checkpoint %s is damaged: %s", self._directory / str(step), damage)
                 continue
             state = abstract_state._replace(
                 **{name: found[name] for name in found if name in TrainState._fields}, **found["counters"])

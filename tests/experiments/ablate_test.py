@@ -149,14 +149,18 @@ def test_variants_go_on_from_the_end_of_the_start(arguments, tmp_path):
     """First the start alone, in a job of its own; its weights stay for variants that are trained later."""
     file = tmp_path / "experiment.py"
     more = EXPERIMENT.replace('"base": {},', '"base": {}, "begun": {"train.steps": "5"},')
-    file.write_text(more + 'START = "begun"\n')
+    file.write_text(more + 'START = "begun"\nBASELINES.pop(START)\n')
     early = run(*arguments, "--only=base")
-    assert early.returncode == MISTAKE and "begun-0 holds no checkpoint; train that run first" in early.stderr
+    assert early.returncode == MISTAKE and "base-0 goes on from begun-0, which has not finished" in early.stderr
     first = run(*arguments, "--only=base,begun", "--jobs=2", "--drop_checkpoints")
     assert first.returncode == 0, first.stderr
     runs = tmp_path / "runs"
     assert (runs / "begun-0" / "checkpoints" / "5").exists() and not (runs / "base-0" / "checkpoints").exists()
-    later = run(*arguments, "--only=base_other_order", "--drop_checkpoints")
+    elsewhere = tmp_path / "elsewhere"
+    runs.rename(elsewhere)  # what has finished there is finished here
+    runs.symlink_to(elsewhere)
+    arguments[1] = f"--workdir={elsewhere}"
+    later = run(*arguments, "--only=base,base_other_order", "--drop_checkpoints")
     assert later.returncode == 0, later.stderr
     assert [line.split("  ")[0] for line in later.stdout.splitlines()[1:4]] == ["base", "begun", "base, other order"]
     steps = {name: [line["step"] for line in read_lines(runs / f"{name}-0" / "metrics.jsonl") if "loss" in line]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tiny_models import train_config
 
+from dsv3.config import UserError
 from dsv3.train.plots import smoothed
 from experiments.compare import Trained, curves, differences, figures, plot_comparison, read_run, relative_difference
 from experiments.report import ablation_table
@@ -117,6 +118,9 @@ def test_runs_that_go_on_from_another_are_compared_from_their_first_step(tmp_pat
     assert figures(run, apart["a", "0"], warmup=15)["relative_mean"] == pytest.approx(expected[5:].mean())
     assert wild.diverged == 16 and len(apart["c", "0"]) == 5 and np.isfinite(apart["c", "0"]).all()
     plot_comparison(runs, apart, "a", 5, tmp_path / "plot.png")
+    early = write_run(tmp_path / "d", losses(1), first=1)
+    with pytest.raises(UserError, match="'a' begins at step 11 and 'd', its baseline, at 1"):
+        differences({"a": {"0": run}, "d": {"0": early}}, {"a": "d"})
 
 
 @pytest.mark.parametrize("steps, bad, validated", [

@@ -100,6 +100,7 @@ def module(**changes):
     (dict(BASELINES={"b": "d"}), "names d, not among VARIANTS"),
     (dict(NOISE="a"), "NOISE .* is 'a'"),
     (dict(START="c"), "START .* is 'c', not among VARIANTS"),
+    (dict(START="a"), "BASELINES .* names 'a', which the others only go on from"),
 ])
 def test_what_a_comparison_may_not_say(changes, words):
     with pytest.raises(UserError, match=words):

@@ -59,8 +59,8 @@ def assert_agree(inputs, ids_BT, how=Settings()):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [Settings(), Settings(2, False, 2, True, kept_gib=0)], ids=str)
-@pytest.mark.parametrize("length, packed", [(256, False), (203, True)])
+@pytest.mark.parametrize("how, length, packed", [
+    (Settings(), 256, False), (Settings(), 203, True), (Settings(2, False, 2, True, kept_gib=0), 203, False)], ids=str)
 def test_agrees_with_the_reference(how, length, packed):
     """Whole tiles, and a length that is a multiple of nothing, in documents; dS kept and made again."""
     starts = np.random.default_rng(1).random((2, length)) < 4 / length

@@ -215,6 +215,19 @@ def test_one_multiprocessor_writes_every_tile(tuning, dtype, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tuning", [Tuning(128, 4, None, 8), Tuning(192, 3, "a", 1)], ids=str)
+def test_one_multiprocessor_goes_from_rows_of_experts_to_rows_of_none_and_back(tuning, monkeypatch):
+    """Tiles of three steps and of no more than they must have follow each other."""
+    monkeypatch.setattr(scaled_dot_hopper, "MULTIPROCESSORS", 2 if tuning.pair else 1)
+    rng = np.random.default_rng(10)
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 512, 384), blocks(rng, 2, 384, 384)
+    expert_Z = np.array([2, 1, 2, 0], np.int32)
+    actual = run(rows_times_blocks, a, b, jnp.asarray(expert_Z), jax.ShapeDtypeStruct((512, 384), jnp.float32), tuning)
+    matrices = np.concatenate([b_numbers, 0 * b_numbers[:1]])[np.repeat(expert_Z, 128)]
+    assert_close(actual, np.einsum("mk,mnk->mn", a_numbers, matrices))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [None, "a"])
 def test_one_multiprocessor_writes_the_gradient_of_every_expert(pair, monkeypatch):
     """Tiles without a step, with one and with several follow each other."""

@@ -73,7 +73,7 @@ def test_a_run_that_goes_on_from_another_is_that_run_until_something_differs(cor
 @pytest.mark.slow
 def test_what_a_run_cannot_go_on_from(corpus, tmp_path):
     config = small_config(corpus, **ONE_LAYER, **{"train.start_from": str(tmp_path / "first")})
-    with pytest.raises(UserError, match="first holds no checkpoint; train that run first"):
+    with pytest.raises(UserError, match="first holds no undamaged checkpoint; train that"):
         train(config, tmp_path / "second", OPS)
     train(override(config, {"train.start_from": "None", "train.steps": "3"}), tmp_path / "first", OPS)
     elsewhere = write_corpus(tmp_path / "elsewhere", files=25)
@@ -87,11 +87,20 @@ def test_what_a_run_cannot_go_on_from(corpus, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             train(override(config, changes), tmp_path / "_".join(changes), OPS)
+    kept = shutil.copytree(corpus, tmp_path / "kept")
     shutil.rmtree(corpus)
     shutil.copytree(elsewhere, corpus)
     with pytest.raises(UserError, match="has read other data"):
         train(config, tmp_path / "third", OPS)
-    assert (tmp_path / "first" / "checkpoints" / "3").exists()
+    shutil.rmtree(corpus)
+    shutil.copytree(kept, corpus)
+    newest = tmp_path / "first" / "checkpoints" / "3"
+    for file in (newest / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(UserError, match="first holds no undamaged checkpoint"):
+        train(config, tmp_path / "fourth", OPS)
+    assert newest.exists()  # it is the other run's to move
 
 
 @pytest.mark.slow
