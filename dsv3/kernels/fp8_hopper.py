@@ -29,10 +29,18 @@ from dsv3.kernels.scaled_dot import Products
 from dsv3.kernels.stream_hopper import Streaming
 from dsv3.kernels.tuning import tuned
 
+ROUNDED = "e4m3", "e5m2", "e5m6"
+"""Formats that the kernels round to."""
+
+
+def _unknown(*operands: Operand | None) -> str | None:
+    found = [operand.format for operand in operands if operand is not None and operand.format not in ROUNDED]
+    return f"the format {found[0]}: no kernel rounds to it" if found else None
+
 
 def _coarse(*operands: Operand | None) -> str | None:
     found = [operand.tile for operand in operands if operand is not None and operand.tile != "inner"]
-    return f"scales by {found[0]} of an activation: they must be by inner tiles" if found else None
+    return f"scales by {found[0]} of an activation: they must be by inner tiles" if found else _unknown(*operands)
 
 
 def _not_bfloat16(x: jax.Array) -> str | None:
@@ -54,7 +62,7 @@ def _of_waiting(packed: Tiles, kept: Operand, columns: Operand, dtype: jnp.dtype
 def _of_weights(w: jax.Array, operand: Operand) -> str | None:
     if operand.tile != "block" or operand.format == "e5m6":
         return f"weights in {operand.format} with scales by {operand.tile}: they must have 8 bits and blocks"
-    return None
+    return _unknown(operand)
 
 
 def _of_norm(x: jax.Array, gain: jax.Array, eps: float, *operands: Operand | None) -> str | None:

@@ -27,8 +27,8 @@ def refusal(interval: int, accumulator: str) -> str | None:
 
 def refuses_operands(a: Tiles, b: Tiles | Blocks) -> str | None:
     """Why two operands cannot be multiplied, or None."""
-    wide = [x.values.dtype.name for x in (a, b) if x.values.dtype.itemsize != 1]
-    return f"operands in {wide[0]}: they must have 8 bits" if wide else None
+    other = [x.values.dtype.name for x in (a, b) if x.values.dtype not in (jnp.float8_e4m3fn, jnp.float8_e5m2)]
+    return f"operands in {other[0]}: they must be E4M3 or E5M2" if other else None
 
 
 def cost(m: int, n: int, width: int) -> float:

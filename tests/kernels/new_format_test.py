@@ -11,6 +11,9 @@ from tiny_models import distance
 
 from dsv3.config import Operand, UserError, quant, resolve
 from dsv3.config.quant import change_all
+from dsv3.kernels.attention import ATTENTION
+from dsv3.kernels.fp8_hopper import hopper_kernels
+from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.quantized_dot import quantized_dot
 from dsv3.quant import formats
 from dsv3.quant.formats import Format, format_of
@@ -96,3 +99,17 @@ def test_small_numbers_in_a_wide_format(power_of_two):
     quantized = quantize(x, fmt, BLOCK, power_of_two=power_of_two)
     assert quantized.scales == 2.0 ** -126
     np.testing.assert_array_equal(dequantize(quantized, fmt, BLOCK, 128), x)
+
+
+def test_no_kernel_takes_a_new_format_for_one_that_it_knows():
+    """On Hopper the reference rounds and multiplies, and says why."""
+    operand, reasons = replace(resolve("fp8").default.fprop_x, format="e3m4"), []
+    kernels = hopper_kernels("NVIDIA H100 80GB HBM3", ATTENTION, reasons.append)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((128, 128)), jnp.bfloat16)
+    found, wanted = kernels.quantize_rows(x, operand), REFERENCE.quantize_rows(x, operand)
+    np.testing.assert_array_equal(np.asarray(found.values, np.float32), np.asarray(wanted.values, np.float32))
+    assert reasons == ["the format e3m4: no kernel rounds to it"]
+    blocks, _ = kernels.quantize_weights(x.astype(jnp.float32), replace(operand, tile="block"))
+    rule = resolve("fp8").default
+    kernels.products(rule.interval, rule.accumulator).dot(found, blocks, jnp.float32)
+    assert reasons[1] == reasons[0] and reasons[2] == "operands in float8_e3m4: they must be E4M3 or E5M2"
