@@ -60,10 +60,17 @@ def test_a_rate_of_the_sweep_is_that_of_the_others_times_a_factor(factor, tmp_pa
     runs = {run.variant: run.config for run in planned("fp8", tmp_path)}
     for quant in ("bf16", "fp8"):
         config = runs[f"{quant}, rate x {factor}"]
-        assert config.quant == quant and config.train.steps == 700 + 510
-        for step in (700, 900, 1209):
+        assert config.quant == quant and config.train.steps == 700 + 306
+        for step in (700, 900, 1005):
             rates = [float(knobs_at(c, step, step * 65536).learning_rate) for c in (config, runs[quant])]
             assert rates[0] == pytest.approx(factor * rates[1], rel=1e-6)
+
+
+def test_recipes_differ_from_fp8_in_the_recipe_and_where_they_end(tmp_path):
+    runs = {run.variant: run.config for run in planned("fp8", tmp_path)}
+    for quant in set(RECIPES) - {"bf16", "fp8"}:
+        assert replace(runs[quant], quant="fp8", train=replace(runs[quant].train, steps=2230)) == runs["fp8"]
+        assert runs[quant].train.steps == 700 + 612
 
 
 def test_all_variants_go_on_from_the_end_of_the_start_with_their_seed(tmp_path):
