@@ -5,9 +5,9 @@ python -m experiments.ablate --config=configs/ablation.py --workdir=runs/ablatio
 
 The config file lists `VARIANTS` (name -> overrides), `BASELINES`, `NOISE` and perhaps `START`, the variant whose end
 all others go on from (`experiments/variants.py`). Every variant is trained with every seed (of the weights) in
-WORKDIR/VARIANT-SEED; all read WORKDIR/data. Writes ablation.json,
-ablation.png and curves.json in WORKDIR of all that has finished, and prints a table. The same command continues after
-an interruption, and leaves alone what has finished or diverged; delete its directory to train it again.
+WORKDIR/VARIANT-SEED; all read WORKDIR/data. Writes ablation.json, ablation.png and curves.json in WORKDIR of all that
+there is so far, and prints a table. The same command continues after an interruption, and leaves alone what has
+finished or diverged; delete its directory to train it again.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ CONFIG = flags.DEFINE_string("config", None, "Python file with get_config(), VAR
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of all runs", required=True)
 SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "seeds of the initial weights")
 ONLY = flags.DEFINE_list("only", None, "train these variants, by the names of their directories; none: only the data")
-SUMMARY = flags.DEFINE_bool("summary", False, "train nothing, sum up what has finished")
+SUMMARY = flags.DEFINE_bool("summary", False, "train nothing, sum up what there is so far")
 JOBS = flags.DEFINE_integer("jobs", None, "train so many variants at a time, a GPU each", lower_bound=1)
 DROP = flags.DEFINE_bool("drop_checkpoints", False, "delete the weights of a variant when it has finished")
 
@@ -106,14 +106,14 @@ def train_in_jobs(runs: Sequence[Run], start: str | None, workdir: Path, overrid
 
 
 def sum_up(runs: Sequence[Run], comparison: Comparison, warmup: int, workdir: Path) -> None:
-    """Write and print what has finished, and name what has not."""
+    """Write and print what there is, draw it without the start, and name what has not finished."""
     found = {name: {} for name in comparison.variants}
     waiting = []
     for run in runs:
         trained = run.trained()
-        if trained.settled:
+        if trained.steps:
             found[run.variant][run.seed] = trained
-        else:
+        if not trained.settled:
             waiting.append(f"{run.directory.name} (step {len(trained.steps)} of {run.config.train.steps})")
     apart = differences(found, comparison.baselines)
     each = lambda what: {name: {seed: what(run, apart.get((name, seed))) for seed, run in seeds.items()}
@@ -124,8 +124,8 @@ def sum_up(runs: Sequence[Run], comparison: Comparison, warmup: int, workdir: Pa
         with locked(workdir):
             (workdir / "ablation.json").write_text(json.dumps(table, indent=2) + "\n")
             (workdir / "curves.json").write_text(json.dumps(drawn) + "\n")
-            plot_comparison({name: seeds for name, seeds in found.items() if seeds}, apart, comparison.noise, warmup,
-                            workdir / "ablation.png")
+            drawable = {name: seeds for name, seeds in found.items() if seeds and name != comparison.start}
+            plot_comparison(drawable or found, apart, comparison.noise, warmup, workdir / "ablation.png")
         print(ablation_table(table))
     if waiting:
         print(f"not finished: {', '.join(waiting)}")

@@ -82,7 +82,7 @@ def relative_difference(loss: np.ndarray, baseline: np.ndarray) -> np.ndarray:
 def differences(
     runs: Mapping[str, Mapping[str, Trained]], baselines: Mapping[str, str],
 ) -> dict[tuple[str, str], np.ndarray]:
-    """(variant, seed) -> d_t, for every settled run whose baseline has finished with the same seed.
+    """(variant, seed) -> d_t, for every run with a baseline of the same seed that has not diverged, as far as both are.
 
     Of one that diverged, up to the step before. Raises `UserError` for two that begin at different steps.
     """
@@ -90,7 +90,7 @@ def differences(
     for name, other in baselines.items():
         for seed, run in runs.get(name, {}).items():
             baseline = runs.get(other, {}).get(seed)
-            if run.settled and baseline and baseline.validation:
+            if run.steps and baseline and baseline.steps and baseline.diverged is None:
                 require(run.first() == baseline.first(), f"{name!r} begins at step {run.first()} and {other!r}, its "
                         f"baseline, at {baseline.first()}: they cannot be compared")
                 found[name, seed] = relative_difference(run.loss()[:run.good()], baseline.loss())
@@ -98,16 +98,16 @@ def differences(
 
 
 def figures(run: Trained, difference: np.ndarray | None, warmup: int) -> dict[str, float | int | None]:
-    """Of one settled run: losses and the trunk's MaxVio (mean and worst layer) over its last steps, its validation,
+    """Of one finished run: losses and the trunk's MaxVio (mean and worst layer) over its last steps, its validation,
     its median speed, and the largest, mean and final |d_t| after `warmup` steps, None without a baseline.
 
-    Of a run that diverged only where, and the differences up to there.
+    Of a run that diverged or is under way only where, and the differences up to there.
     """
     after = [] if difference is None else np.abs(difference[run.after(warmup)])
     largest, mean, final = (float(after.max()), float(after.mean()), float(after[-1])) if len(after) else (None,) * 3
     relative = {"relative_largest": largest, "relative_mean": mean, "relative_final": final, "diverged": run.diverged}
     if run.validation is None:
-        return relative
+        return relative | {"last_step": run.steps[-1]["step"]}
     last = run.steps[-max(1, int(LAST * len(run.steps))):]
     vio_SL = run.max_vio()[-len(last):]
     speeds = [record["tokens_per_second"] for record in run.steps if "tokens_per_second" in record]
@@ -159,7 +159,7 @@ def plot_comparison(
             difference = apart.get((name, seed), np.zeros(0))
             shown = run.after(warmup)
             panels["difference"].plot(tokens[:len(difference)][shown], difference[shown], **style)
-            if run.validation is not None:
+            if run.diverged is None:
                 largest = max(largest, np.abs(difference[shown]).max(initial=0.0))
     band = [np.abs(d[runs[name][seed].after(warmup)]).max(initial=0.0)
             for (name, seed), d in apart.items() if name == noise]

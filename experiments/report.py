@@ -50,8 +50,9 @@ def ablation_table(figures: dict[str, dict[str, dict]]) -> str:
             values = [seed[column] for seed in seeds.values() if seed.get(column) is not None]
             spread = f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):{form}}{spread}" if values else "-")
-        ends = [f"diverged at step {found['diverged']} (seed {seed})"
-                for seed, found in seeds.items() if found["diverged"] is not None]
+        ends = [f"step {found['last_step']} so far (seed {seed})" if found["diverged"] is None
+                else f"diverged at step {found['diverged']} (seed {seed})"
+                for seed, found in seeds.items() if "last_step" in found]
         rows.append([name, *cells, ", ".join(ends)])
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = []

@@ -130,13 +130,16 @@ def test_a_run_that_is_under_way_is_not_settled(tmp_path, steps, bad, validated)
     assert not write_run(tmp_path / "a", losses(0, steps), bad=bad, validated=validated).settled
 
 
-def test_a_run_is_compared_with_the_same_seed_of_a_finished_baseline(tmp_path):
+def test_a_run_is_compared_with_the_same_seed_of_its_baseline_as_far_as_both_have_come(tmp_path):
     done = {seed: write_run(tmp_path / f"done-{seed}", losses(seed)) for seed in (0, 1)}
     half = write_run(tmp_path / "half", losses(2, 16), validated=False)
-    runs = {"a": {"0": done[0], "1": done[1], "2": done[0]}, "b": {"0": done[1], "1": half}}
+    wild = write_run(tmp_path / "wild", losses(3, 8), bad=(6, 7, 8), validated=False)
+    runs = {"a": {"0": done[0], "1": done[1], "2": done[0], "3": done[1], "4": Trained([], None, None)},
+            "b": {"0": done[1], "1": half, "3": wild, "4": done[0]}}
     apart = differences(runs, {"a": "b", "missing": "b"})
-    assert set(apart) == {("a", "0")}
+    assert set(apart) == {("a", "0"), ("a", "1")}
     np.testing.assert_array_equal(apart["a", "0"], relative_difference(done[0].loss(), done[1].loss()))
+    np.testing.assert_array_equal(apart["a", "1"], relative_difference(done[1].loss()[:16], half.loss()))
 
 
 def test_curves_are_means_over_ten_steps(tmp_path):
@@ -150,18 +153,20 @@ def test_curves_are_means_over_ten_steps(tmp_path):
     assert "relative_difference_percent" not in curves(run, None)
 
 
-def test_the_table_and_the_picture_show_what_diverged(tmp_path):
+def test_the_table_and_the_picture_show_what_diverged_and_what_is_under_way(tmp_path):
     runs = {
         "base": {"0": write_run(tmp_path / "base", losses(0)), "1": write_run(tmp_path / "base1", losses(3))},
         "same": {"0": write_run(tmp_path / "same", losses(0) * 1.002)},
         "wild": {"0": write_run(tmp_path / "wild", losses(1, 8), bad=(6, 7, 8), validated=False)},
+        "half": {"0": write_run(tmp_path / "half", losses(0, 16) * 1.003, validated=False)},
     }
-    apart = differences(runs, {"same": "base", "wild": "base"})
+    apart = differences(runs, {"same": "base", "wild": "base", "half": "base"})
     table = ablation_table({name: {seed: figures(run, apart.get((name, seed)), 2) for seed, run in seeds.items()}
                             for name, seeds in runs.items()})
-    base, same, wild = table.splitlines()[1:]
+    base, same, wild, half = table.splitlines()[1:]
     assert " ± " in base and " ± " not in same and same.split()[2:5] == ["1.250", "0.200", "0.200"]
     assert wild.endswith("diverged at step 6 (seed 0)") and wild.split()[1] == "-"
+    assert half.endswith("step 16 so far (seed 0)") and half.split()[1:5] == ["-", "-", "0.300", "0.300"]
     plot_comparison(runs, apart, "same", 2, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
