@@ -15,17 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config import require
 from dsv3.kernels.scaled import Blocks, Tiles
-from dsv3.kernels.scaled_warpgroups_hopper import (
-    DEPTH,
-    HALF,
-    ROWS,
-    Shared,
-    Tile,
-    Tuning,
-    consume,
-    produce,
-    scratch,
-)
+from dsv3.kernels.scaled_warpgroups_hopper import DEPTH, HALF, ROWS, Shared, Tile, Tuning, consume, produce, scratch
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernel is right, only less evenly spread."""
