@@ -291,7 +291,7 @@ class Half(NamedTuple):
         # A last use for LLVM's register of zero: were it a later accumulator's, moves would clear that (64 at 128).
         unused = plgpu.layout_cast(jnp.zeros(HALF, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
         promote = lambda i, part, sums: self.counted(
-            self.promote(slots[i], rows[i], factors[i], part, sums), totals if i == 0 else sums, real, i)
+            self.promote(slots[i], rows[i], factors[i], part, sums), sums, real, i)
 
         def run(*accumulators):
             for slot, accumulator in zip(slots, accumulators, strict=True):
