@@ -16,8 +16,9 @@ from dsv3.kernels.attention import Heads
 from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.grouped_dot import block_experts, of_experts, padded_rows
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles, whole
-from dsv3.kernels.scaled_products_hopper import DECODING, NARROW, cost, default_tuning
-from dsv3.kernels.scaled_warpgroups_hopper import DEPTH, HALF, ROWS, Tuning
+from dsv3.kernels.scaled_dot_hopper import MULTIPROCESSORS
+from dsv3.kernels.scaled_products_hopper import DECODING, HALVES, NARROW, cost, default_tuning
+from dsv3.kernels.scaled_warpgroups_hopper import DEPTH, ROWS, Tuning
 from dsv3.kernels.stream_hopper import Streaming
 from experiments import benchmark_attention
 from experiments.benchmark_attention import SCALE
@@ -42,19 +43,22 @@ MATRICES = ((4096, 7168), (7168, 2048))
 
 def shared_bytes(tuning: Tuning, out_bytes: int, *, column_scales: bool) -> int:
     """Shared memory of a product: operands and scales of every step in flight, two pieces of output each, barriers."""
-    step = (ROWS + tuning.width) * DEPTH + 4 * ROWS + 4 * tuning.width * column_scales
+    step = (tuning.rows + tuning.width) * DEPTH + 4 * tuning.rows + 4 * tuning.width * column_scales
     piece = math.gcd(tuning.width, 64 // out_bytes)
-    return tuning.stages * (step + 2 * 8) + 2 * 2 * HALF * piece * out_bytes + 2 * 8
+    return tuning.stages * (step + 2 * 8) + 2 * tuning.rows * piece * out_bytes + 2 * 8
 
 
 def product_candidates(m: int, n: int, default: Tuning, out_bytes: int, *, column_scales: bool = False,
                        pairs: str = "ab") -> list[Tuning]:
     """The default first; then widths by their cost, the usual two with other bands and pairs; all that fit.
 
+    For few rows the narrow tiles, and the narrowest of half their height that run all at once.
+
     `pairs`: operands that neighbours may share.
     """
     if m <= ROWS:
-        found = [default, *DECODING]
+        at_once = [tuning for tuning in HALVES if 2 * -(-n // tuning.width) <= MULTIPROCESSORS]
+        found = [default, *DECODING, *(tuning._replace(pair=pair) for tuning in at_once[:NEAR] for pair in (None, "b"))]
     else:
         usable = sorted((w for w in WIDTHS if w % 32 == 0 or not column_scales), key=partial(cost, m, n))
         near = usable[:NEAR if m <= 4096 else NEAR // 2]

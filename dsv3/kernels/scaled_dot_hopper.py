@@ -15,22 +15,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config import require
 from dsv3.kernels.scaled import Blocks, Tiles
-from dsv3.kernels.scaled_warpgroups_hopper import (
-    AHEAD,
-    DEPTH,
-    HALF,
-    ROWS,
-    Shared,
-    Tile,
-    Tuning,
-    consume,
-    produce,
-    scratch,
-)
+from dsv3.kernels.scaled_warpgroups_hopper import DEPTH, HALF, ROWS, Shared, Tile, Tuning, consume, produce, scratch
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernel is right, only less evenly spread."""
-CONSUMERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 2, 232, 40
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+"""Of a thread, where three warpgroups share what there is; two have 255 each."""
 
 
 def _call(
@@ -51,25 +41,28 @@ def _call(
         def run(**scratch):
             shared, group = Shared(**scratch), lax.axis_index("group")
 
-            @pl.when(group == CONSUMERS)
+            @pl.when(group == tuning.groups)
             def _():
-                plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+                if tuning.groups == 2:
+                    plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
                 produce(shared, each_tile, tile_at, tuning)
 
-            @pl.when(group < CONSUMERS)
+            @pl.when(group < tuning.groups)
             def _():
-                plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+                if tuning.groups == 2:
+                    plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
                 consume(shared, each_tile, tile_at, tuning, group, adds)
 
         shapes = scratch(tuning, column_scales, (args[-4].dtype, args[-2].dtype), out.dtype)
         pl.run_scoped(run, **shapes._asdict(), collective_axes="group")
 
-    require(tuning.stages > AHEAD, f"{tuning} would wait for ever: operands arrive {AHEAD} steps ahead, which takes at "
-            f"least {AHEAD + 1} stages")
+    require(tuning.rows in (ROWS, HALF), f"{tuning}: tiles have {ROWS} rows or {HALF}")
+    require(tuning.stages > tuning.ahead, f"{tuning} would wait for ever: operands arrive {tuning.ahead} steps ahead, "
+            f"which takes at least {tuning.ahead + 1} stages")
     pairs = dict(cluster=(2,), cluster_names=("pair",)) if tuning.pair else {}
     run = plgpu.kernel(
         kernel, out_type=() if adds else out, grid=(min(MULTIPROCESSORS // (2 if tuning.pair else 1), n_tiles),),
-        grid_names=("multiprocessor",), num_threads=3, thread_name="group",
+        grid_names=("multiprocessor",), num_threads=tuning.groups + 1, thread_name="group",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup), **pairs)
     if not adds:
         return run(*args)
@@ -91,9 +84,9 @@ def _grid(n_rows: int, n_columns: int, tuning: Tuning) -> tuple[int, Callable[[j
     return shape[0] * shape[1], place
 
 
-def _out(ref, row, column, width):
+def _out(ref, row, column, tuning):
     return lambda group, start, size: ref.at[
-        pl.ds(row * ROWS + group * HALF, HALF), pl.ds(column * width + start, size)]
+        pl.ds(row * tuning.rows + group * HALF, HALF), pl.ds(column * tuning.width + start, size)]
 
 
 def rows_times_blocks(
@@ -103,12 +96,12 @@ def rows_times_blocks(
 
     Rows of expert E, which is none, are taken for zeros: their tiles have no more steps than they must.
     """
-    require(expert_Z is None or tuning.pair != "b", f"{tuning}: neighbouring rows of tiles may belong to two "
-            "experts, so they cannot share columns of b; use pair 'a' or None")
+    require(expert_Z is None or tuning.pair != "b" or tuning.rows == HALF, f"{tuning}: neighbouring rows of tiles may "
+            f"belong to two experts, so they cannot share columns of b; use pair 'a' or None, or tiles of {HALF} rows")
     m, n = out.shape
-    width = tuning.width
-    n_tiles, place = _grid(pl.cdiv(m, ROWS), pl.cdiv(n, width), tuning)
-    segment, last_block, last_row = math.gcd(width, DEPTH), b.scales.shape[-2] - 1, a.values.shape[0] // ROWS - 1
+    height, width = tuning.rows, tuning.width
+    n_tiles, place = _grid(pl.cdiv(m, height), pl.cdiv(n, width), tuning)
+    segment, last_block, last_row = math.gcd(width, DEPTH), b.scales.shape[-2] - 1, a.values.shape[0] // height - 1
     n_steps = a.values.shape[1] // DEPTH
     enough = n_steps >= tuning.least
     there = lambda step: step if enough else lax.min(step, jnp.int32(n_steps - 1))
@@ -116,10 +109,11 @@ def rows_times_blocks(
     def tile_of(index, *refs):
         experts, (a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref) = refs[:-5], refs[-5:]
         row, column = place(index)
-        rows, columns = pl.ds(row * ROWS, ROWS), pl.ds(column * width, width)
+        rows, columns = pl.ds(row * height, height), pl.ds(column * width, width)
         which, steps, real = (), max(n_steps, tuning.least), None if enough else jnp.int32(n_steps)
         if experts:
-            expert, some = experts[0][lax.min(row, last_row)], jnp.int32(b.values.shape[0])
+            row_block = lax.div(lax.min(row, last_row), jnp.int32(ROWS // height))
+            expert, some = experts[0][row_block], jnp.int32(b.values.shape[0])
             which = (lax.min(expert, some - 1),)
             steps = lax.select(expert < some, jnp.int32(steps), jnp.int32(tuning.least))
             real = lax.select(expert < some, jnp.int32(n_steps), jnp.int32(0))
@@ -131,7 +125,7 @@ def rows_times_blocks(
             lambda step: a_scales_ref.at[there(step), rows],
             lambda step: b_ref.at[*which, columns, depth(step)],
             lambda step: [b_scales_ref[*which, block(i), there(step)] for i in range(width // segment)],
-            _out(out_ref, row, column, width))
+            _out(out_ref, row, column, tuning))
 
     arguments = () if expert_Z is None else (expert_Z,)
     return _call(tile_of, n_tiles, False, tuning, out, *arguments, *a, *b)
@@ -147,17 +141,17 @@ def weight_gradient(
     and dtype of the result, that plus the product, in the same memory where `into` is not needed any more. The copy
     engine adds, so numbers below 2^-126 may count as 0.
     """
-    width = tuning.width
+    height, width = tuning.rows, tuning.width
     require(width % 32 == 0, f"{tuning}: the copy engine needs the {width} scales of a tile's columns to fill a "
             "multiple of 128 bytes; use a width that is a multiple of 32")
-    n_tiles, place = _grid(pl.cdiv(a.values.shape[0], ROWS), pl.cdiv(b.values.shape[0], width), tuning)
+    n_tiles, place = _grid(pl.cdiv(a.values.shape[0], height), pl.cdiv(b.values.shape[0], width), tuning)
     shape, n_blocks = (a.values.shape[0], b.values.shape[0]), a.values.shape[1] // DEPTH
 
     def tile_of(index, *refs):
         groups, (a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref) = refs[:-5], refs[-5:]
         expert, within = lax.div(index, n_tiles), lax.rem(index, n_tiles)
         row, column = place(within)
-        rows, columns = pl.ds(row * ROWS, ROWS), pl.ds(column * width, width)
+        rows, columns = pl.ds(row * height, height), pl.ds(column * width, width)
         first, real = (groups[0][expert], groups[1][expert]) if groups else (0, n_blocks)
         counted = groups or n_blocks < tuning.least
         block = lambda step: lax.min(first + step, jnp.int32(n_blocks - 1)) if counted else step
@@ -169,7 +163,7 @@ def weight_gradient(
             lambda step: a_scales_ref.at[block(step), rows],
             lambda step: b_ref.at[columns, depth(step)],
             lambda step: b_scales_ref.at[block(step), columns],
-            _out(out_ref.at[expert] if groups else out_ref, row, column, width))
+            _out(out_ref.at[expert] if groups else out_ref, row, column, tuning))
 
     stack, groups = ((), ()) if steps_E is None else ((len(steps_E),), (start_E // DEPTH, steps_E))
     out = jax.ShapeDtypeStruct((*stack, *shape), jnp.float32)

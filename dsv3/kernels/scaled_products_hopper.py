@@ -8,12 +8,15 @@ import jax.numpy as jnp
 from dsv3.kernels.scaled import TILE, Blocks, Tiles
 from dsv3.kernels.scaled_dot import Products
 from dsv3.kernels.scaled_dot_hopper import MULTIPROCESSORS, rows_times_blocks, weight_gradient
-from dsv3.kernels.scaled_warpgroups_hopper import ROWS, Tuning
+from dsv3.kernels.scaled_warpgroups_hopper import HALF, ROWS, Tuning
 from dsv3.kernels.tuning import rounded_up, tuned
 
 NARROW, WIDE = Tuning(width=128, stages=6), Tuning(width=192, stages=5)
 DECODING = tuple(Tuning(width, stages) for width, stages in ((16, 11), (32, 10), (64, 8), (128, 6), (192, 5)))
 """For one row of tiles: the narrowest whose tiles all run at once, as all multiprocessors together read the weights."""
+HALVES = tuple(Tuning(width, stages, rows=HALF) for width, stages in (
+    (16, 21), (32, 17), (48, 15), (64, 13), (96, 10), (128, 8)))
+"""The same in two rows of tiles: a multiprocessor reads half of the activations, which are most of what it reads."""
 WIDE_ADVANTAGE = 1.06
 """How much more a column of a narrow tile costs than one of a wide tile, which loads fewer bytes for a product."""
 

@@ -1,10 +1,10 @@
 """What the warpgroups of a block-scaled product do: one copies, two multiply, promote and write (docs/kernels.md).
 
 One warpgroup streams operand tiles and their scales into shared memory, running ahead across output tiles, while two
-others multiply, each its half of a tile's rows. Every 128 elements of the inner dimension make a fresh accumulator of
-the tensor core, whose partial sums are scaled and added up in float32 registers (report section 3.3.2) while other
-products run: the two warpgroups take turns, and tiles that are narrow enough keep two accumulators in flight. A tile is
-written out under the first products of the next.
+others multiply, each its half of a tile's rows (one, where a tile is half as high). Every 128 elements of the inner
+dimension make a fresh accumulator of the tensor core, whose partial sums are scaled and added up in float32 registers
+(report section 3.3.2) while other products run: the two warpgroups take turns, and tiles that are small enough keep two
+or four accumulators in flight. A tile is written out under the first products of the next.
 """
 
 import math
@@ -19,12 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 128
-"""Of an output tile: two warpgroups of `HALF`, the height of a Hopper matrix instruction."""
+"""Of an output tile: two warpgroups of `HALF`, the height of a Hopper matrix instruction. A tile may have one."""
 HALF = ROWS // 2
 DEPTH = 128
 """Of one step: elements that share a scale, and 128 bytes, the widest swizzle."""
-AHEAD = 2
-"""Steps whose operands have arrived before a warpgroup starts a product."""
 WARPS = 4
 """Of a warpgroup."""
 
@@ -34,23 +32,44 @@ class Tuning(NamedTuple):
 
     `width`: columns of a tile; `stages`: steps in flight; `pair`: the operand that two neighbouring multiprocessors
     load once for both, the rows of `a` ("a"), the columns of `b` ("b") or none; `band`: rows of tiles that are worked
-    on together, column by column.
+    on together, column by column; `rows`: of a tile, `ROWS` or `HALF`.
     """
 
     width: int = 128
     stages: int = 6
     pair: str | None = None
     band: int = 8
+    rows: int = ROWS
 
     @property
-    def doubled(self) -> bool:
-        """Whether the registers hold two accumulators beside the totals."""
-        return self.width <= 128
+    def groups(self) -> int:
+        """Warpgroups that multiply."""
+        return self.rows // HALF
+
+    @property
+    def flight(self) -> int:
+        """Accumulators that the registers hold beside the totals.
+
+        A warpgroup without a neighbour has four if it can: nobody else multiplies while it promotes the last of them.
+        """
+        if self.width > 128:
+            return 1
+        return 4 if self.groups == 1 and self.width <= 64 else 2
+
+    @property
+    def turns(self) -> bool:
+        """Whether two warpgroups start their products in turn."""
+        return self.groups == 2 and self.flight > 1
 
     @property
     def least(self) -> int:
         """Steps that every tile has: those of its first products, which hide how the tile before is written."""
-        return 2 if self.doubled else 1
+        return self.flight
+
+    @property
+    def ahead(self) -> int:
+        """Steps whose operands have arrived before a warpgroup starts its products."""
+        return max(2, self.flight)
 
 
 class Tile(NamedTuple):
@@ -71,8 +90,8 @@ class Tile(NamedTuple):
 class Shared(NamedTuple):
     """Shared memory of a multiprocessor: `stages` slots of operands and scales, pieces of output, barriers.
 
-    A slot is `full` once its copies have landed and `empty` once both warpgroups are done with it. `turn` says which of
-    them may start products. `b_scales` is None where b has one scale for 128 x 128.
+    A slot is `full` once its copies have landed and `empty` once all multiplying warpgroups are done with it. `turn`
+    says which of two may start products. `b_scales` is None where b has one scale for 128 x 128.
     """
 
     a: Any
@@ -105,18 +124,18 @@ def _in_flight(piece: int, pieces: int) -> int:
 
 
 def scratch(tuning: Tuning, column_scales: bool, types: tuple, out_dtype: jnp.dtype) -> Shared:
-    width, stages = tuning.width, tuning.stages
+    width, stages, groups = tuning.width, tuning.stages, tuning.groups
     empty = partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if tuning.pair else plgpu.Barrier
     operand = lambda rows, dtype: plgpu.SMEM((stages, rows, DEPTH), dtype, transforms=_layout(DEPTH, dtype))
     piece = _piece(width, out_dtype)
     return Shared(
-        a=operand(ROWS, types[0]),
+        a=operand(tuning.rows, types[0]),
         b=operand(width, types[1]),
-        a_scales=plgpu.SMEM((stages, ROWS), jnp.float32),
+        a_scales=plgpu.SMEM((stages, tuning.rows), jnp.float32),
         b_scales=plgpu.SMEM((stages, width), jnp.float32) if column_scales else None,
-        out=plgpu.SMEM((2, 2, HALF, piece), out_dtype, transforms=_layout(piece, out_dtype)),
+        out=plgpu.SMEM((groups, 2, HALF, piece), out_dtype, transforms=_layout(piece, out_dtype)),
         full=plgpu.Barrier(num_arrivals=3 + column_scales, num_barriers=stages),
-        empty=empty(num_arrivals=2, num_barriers=stages),
+        empty=empty(num_arrivals=groups, num_barriers=stages),
         turn=plgpu.Barrier(num_arrivals=1, num_barriers=2))
 
 
@@ -169,19 +188,19 @@ def produce(shared: Shared, each_tile: Callable, tile_at: Callable, tuning: Tuni
             return lax.fori_loop(0, tile.steps, step, carry)
 
         count, slot = state
-        for ahead in range(AHEAD):  # consumers wait for so many steps more than there are
+        for ahead in range(tuning.ahead):  # consumers wait for so many steps more than there are
             @pl.when(mine(slot_after(slot, ahead)))
             def _(slot=slot_after(slot, ahead), count=count + ahead):
                 wait_until_empty(count, slot)
                 for _ in range(3 + (shared.b_scales is not None)):
                     plgpu.barrier_arrive(shared.full.at[slot])
-        for last in range(stages - AHEAD):  # no barrier is left with an arrival that nobody saw
+        for last in range(stages - tuning.ahead):  # no barrier is left with an arrival that nobody saw
             one = slot_after(slot, stages - 1 - last)
             pl.when(lax.bitwise_and(count > last, mine(one)))(partial(plgpu.barrier_wait, shared.empty.at[one]))
 
 
 class Half(NamedTuple):
-    """One of the two multiplying warpgroups (`group`), and what it does for its half of every tile's rows.
+    """A multiplying warpgroup (`group`), and what it does for its 64 rows of every tile.
 
     `adds`: the copy engine adds its sums to what the output holds.
     """
@@ -256,46 +275,43 @@ class Half(NamedTuple):
         counts = lax.broadcast_in_dim(real > step, (HALF, self.segment), ())
         return [lax.select(counts, total, old) for total, old in zip(totals, before, strict=True)]
 
-    def single(self, factors_of: Callable, index: jax.Array, state: tuple, real=None, meanwhile=None) -> tuple:
-        """A step. The state is its slot, the row scales of the slots that have arrived, its factors, the totals."""
-        slot, row, next_row, factors, *totals = state
-        next_factors = factors_of(index + 1)
+    def advance(self, count: int, factors_of: Callable, index: jax.Array, state: tuple, real=None, meanwhile=None):
+        """`count` steps, from `count * index` on: while one is promoted, those after it multiply.
 
-        def run(accumulator):
-            self.start(slot, accumulator)
-            if meanwhile:
-                meanwhile()
-            return self.arrived(self.after(slot, AHEAD)), accumulator[...]
-
-        last_row, part = pl.run_scoped(run, plgpu.ACC((HALF, self.tuning.width)))
-        sums = self.counted(self.promote(slot, row, factors, part, totals), totals, real, 0)
-        return self.after(slot, 1), next_row, last_row, next_factors, *sums
-
-    def double(self, factors_of: Callable, index: jax.Array, state: tuple, real=None, meanwhile=None) -> tuple:
-        """Two steps, from 2 * `index` on: while the second multiplies, the first is promoted."""
-        early, early_row, late_row, factors, *totals = state
-        late = self.after(early, 1)
-        late_factors, next_factors = factors_of(2 * index + 1), factors_of(2 * index + 2)
-        plgpu.barrier_wait(self.shared.turn.at[self.group])
-        # A last use for LLVM's register of zero: were it the second accumulator's, 64 moves would clear that.
+        The state is the next slot, the row scales of the slots that have arrived, the factors of the steps, the totals.
+        """
+        slot, rows, factors, totals = state
+        slots = [slot]
+        for _ in range(count - 1):
+            slots.append(self.after(slots[-1], 1))
+        next_factors = [factors_of(count * (index + 1) + i) for i in range(count)]
+        take_turns = self.tuning.turns and count > 1
+        if take_turns:
+            plgpu.barrier_wait(self.shared.turn.at[self.group])
+        # A last use for LLVM's register of zero: were it a later accumulator's, moves would clear that (64 at 128).
         unused = plgpu.layout_cast(jnp.zeros(HALF, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+        promote = lambda i, part, sums: self.counted(
+            self.promote(slots[i], rows[i], factors[i], part, sums), sums, real, i)
 
-        def run(first, second):
-            self.start(early, first)
-            self.start(late, second)
-            plgpu.barrier_arrive(self.shared.turn.at[1 - self.group])
+        def run(*accumulators):
+            for slot, accumulator in zip(slots, accumulators, strict=True):
+                self.start(slot, accumulator)
+            if take_turns:
+                plgpu.barrier_arrive(self.shared.turn.at[1 - self.group])
             if meanwhile:
                 meanwhile()
-            row = self.arrived(self.after(early, AHEAD))
-            part = plgpu.wgmma_accumulator_load(first, wait_n=1)
-            lax.optimization_barrier(unused)
-            sums = self.counted(self.promote(early, early_row, factors, part, totals), totals, real, 0)
-            return row, self.arrived(self.after(late, AHEAD)), sums, second[...]
+            sums, arrived = totals, []
+            for i, accumulator in enumerate(accumulators[:-1]):
+                arrived.append(self.arrived(self.after(slots[i], self.tuning.ahead)))
+                part = plgpu.wgmma_accumulator_load(accumulator, wait_n=count - 1 - i)
+                lax.optimization_barrier(unused)
+                sums = promote(i, part, sums)
+            arrived.append(self.arrived(self.after(slots[-1], self.tuning.ahead)))
+            return arrived, sums, accumulators[-1][...]
 
-        accumulator = plgpu.ACC((HALF, self.tuning.width))
-        row, last_row, sums, part = pl.run_scoped(run, accumulator, accumulator)
-        sums = self.counted(self.promote(late, late_row, late_factors, part, sums), sums, real, 1)
-        return self.after(late, 1), row, last_row, next_factors, *sums
+        arrived, sums, part = pl.run_scoped(run, *[plgpu.ACC((HALF, self.tuning.width))] * count)
+        sums = promote(count - 1, part, sums)
+        return self.after(slots[-1], 1), [*rows[count:], *arrived], next_factors, sums
 
     def multiply(self, tile: Tile, carry: tuple, meanwhile: Callable) -> tuple[tuple, list]:
         """All steps of a tile; `meanwhile()` is called while its first products run.
@@ -304,14 +320,14 @@ class Half(NamedTuple):
         """
         factors_of = lambda index: () if self.column_scales else tuple(
             tile.b_scales(lax.min(jnp.int32(index), jnp.int32(tile.steps - 1))))
-        single, double = partial(self.single, factors_of), partial(self.double, factors_of)
-        state, done = (*carry, factors_of(0), *self.zeros()), 1
-        state = (double if self.tuning.doubled else single)(jnp.int32(0), state, tile.real, meanwhile)
-        if self.tuning.doubled:
-            state = lax.fori_loop(1, tile.steps // 2, double, state)
-            done = tile.steps // 2 * 2
-        state = lax.fori_loop(done, tile.steps, single, state)
-        return state[:1 + AHEAD], state[2 + AHEAD:]
+        count = self.tuning.flight
+        several, single = (partial(self.advance, n, factors_of) for n in (count, 1))
+        state = *carry, [factors_of(i) for i in range(count)], self.zeros()
+        state = several(jnp.int32(0), state, tile.real, meanwhile)
+        slot, rows, factors, totals = lax.fori_loop(1, tile.steps // count, several, state)
+        done = tile.steps // count * count
+        slot, rows, _, totals = lax.fori_loop(done, tile.steps, single, (slot, rows, factors[:1], totals))
+        return (slot, rows), totals
 
     def write(self, tile: Tile, there: jax.Array, totals: Sequence[jax.Array]) -> None:
         """Through two small buffers, which the copy engine empties while the next is filled; not if not `there`."""
@@ -340,11 +356,11 @@ def consume(
 
     def in_turn(who: int, what: Callable) -> None:
         """Turns alternate strictly: the first comes from nobody, the last goes to nobody."""
-        if tuning.doubled:
+        if tuning.turns:
             pl.when(group == who)(partial(what, shared.turn.at[0]))
 
     in_turn(1, plgpu.barrier_arrive)
-    arrived = jnp.int32(0), *(half.arrived(jnp.int32(slot)) for slot in range(AHEAD))
+    arrived = jnp.int32(0), [half.arrived(jnp.int32(slot)) for slot in range(tuning.ahead)]
 
     @each_tile(init_carry=(arrived, (jnp.int32(-1), *rounded(half.zeros()))))
     def last(loop, carry):

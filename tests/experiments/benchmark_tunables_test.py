@@ -73,7 +73,14 @@ def test_a_stream_asks_for_the_entry_that_was_swept(asked):
 
 def test_every_tile_of_decoding_fits():
     assert all(shared_bytes(tuning, 2, column_scales=False) <= SHARED_BYTES
-               for tuning in scaled_products_hopper.DECODING)
+               for tuning in scaled_products_hopper.DECODING + scaled_products_hopper.HALVES)
+
+
+@pytest.mark.parametrize("n, widths", [
+    (640, [16, 32]), (2176, [48, 64]), (4096, [64, 96]), (7168, [128]), (24_576, [])])
+def test_few_rows_are_tried_in_tiles_of_half_the_height_that_run_all_at_once(n, widths):
+    tried = [tuning for tuning in product_candidates(128, n, Tuning(16, 11), 2) if tuning.rows == 64]
+    assert [(t.width, t.pair) for t in tried] == [(width, pair) for width in widths for pair in (None, "b")]
 
 
 def test_every_kernel_of_training_is_swept():

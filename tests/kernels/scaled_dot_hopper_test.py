@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config import UserError
 from dsv3.kernels import scaled_dot_hopper
-from dsv3.kernels.scaled import Blocks, Tiles
+from dsv3.kernels.scaled import Blocks, Tiles, decode_blocks, decode_tiles
 from dsv3.kernels.scaled_dot_hopper import rows_times_blocks, weight_gradient
 from dsv3.kernels.scaled_products_hopper import default_tuning
 from dsv3.kernels.scaled_warpgroups_hopper import Tuning, _in_flight
@@ -71,6 +71,55 @@ def test_a_few_rows_as_in_decoding(width):
     out = jax.ShapeDtypeStruct((64, 200), jnp.float32)
     actual = run(rows_times_blocks, a, b, None, out, Tuning(width, 3, None, 8))
     assert_close(actual, (a_numbers @ b_numbers.T)[:64, :200])
+
+
+def whole_numbers(rng, rows, columns):
+    """Codes whose sums over 128 are exact, and scales that are powers of two: only the order of sums rounds."""
+    codes = jnp.asarray(rng.integers(-8, 9, (rows, columns)), jnp.float8_e4m3fn)
+    return codes, lambda *shape: jnp.asarray(2.0 ** rng.integers(-20, 20, shape), jnp.float32)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 9])
+@pytest.mark.parametrize("tuning", [
+    Tuning(16, 5, rows=64), Tuning(48, 6, "b", rows=64), Tuning(80, 4, "a", rows=64)], ids=str)
+def test_tiles_of_half_the_height_have_the_bits_of_whole_ones(tuning, steps):
+    """One warpgroup, four accumulators in flight or two, fewer steps than those and some over: no sum is another."""
+    rng = np.random.default_rng(12)
+    (a, scales), (b, _) = (whole_numbers(rng, 128, 128 * steps) for _ in range(2))
+    a, b = Tiles(a, scales(steps, 128)), Blocks(b, scales(1, steps))
+    out = jax.ShapeDtypeStruct((128, 90), jnp.float32)
+    actual, whole = (run(rows_times_blocks, a, b, None, out, how) for how in (tuning, Tuning(128, 3)))
+    np.testing.assert_array_equal(actual, whole)
+    numbers = [np.asarray(x, np.float64) for x in (decode_tiles(a), decode_blocks(b))]
+    assert_close(actual, (numbers[0] @ numbers[1].T)[:, :90], 1e-5)
+
+
+@pytest.mark.parametrize("pair", [None, "b"])
+def test_few_multiprocessors_take_half_rows_of_experts_and_of_none(pair, monkeypatch):
+    """Tiles with and without sums follow each other; neighbouring halves have one expert, so they may share columns."""
+    monkeypatch.setattr(scaled_dot_hopper, "MULTIPROCESSORS", 2)
+    rng = np.random.default_rng(13)
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 512, 640), blocks(rng, 2, 128, 640)
+    expert_Z = np.array([2, 1, 2, 0], np.int32)
+    spoiled = a._replace(scales=a.scales.at[:, 256:384].set(jnp.nan))
+    out, tuning = jax.ShapeDtypeStruct((512, 128), jnp.float32), Tuning(64, 6, pair, 1, rows=64)
+    actual = run(rows_times_blocks, spoiled, b, jnp.asarray(expert_Z), out, tuning)
+    matrices = np.concatenate([b_numbers, 0 * b_numbers[:1]])[np.repeat(expert_Z, 128)]
+    assert_close(actual, np.einsum("mk,mnk->mn", a_numbers, matrices))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", [Tuning(64, 5, rows=64), Tuning(96, 4, "b", rows=64)], ids=str)
+def test_gradients_of_experts_in_half_rows_of_tiles(tuning):
+    """No steps, fewer than accumulators, and more."""
+    rng = np.random.default_rng(14)
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 128, 1280), tiles(rng, 128, 1280)
+    steps_E = np.array([1, 0, 7, 2], np.int32)
+    start_E = np.cumsum([0, *steps_E[:-1]], dtype=np.int32) * 128
+    actual = run(weight_gradient, a, b, jnp.asarray(start_E), jnp.asarray(steps_E), tuning)
+    for e, (start, steps) in enumerate(zip(start_E, steps_E, strict=True)):
+        of_e = slice(start, start + 128 * steps)
+        assert_close(actual[e], a_numbers[:, of_e] @ b_numbers[:, of_e].T)
 
 
 @pytest.mark.parametrize("n, width", [(2176, 32), (1536, 16), (4096, 32), (7168, 64), (16_384, 128), (24_576, 192)])
@@ -268,6 +317,8 @@ def test_no_buffer_is_filled_while_it_may_still_be_read(pieces):
 
 @pytest.mark.parametrize("tuning, said", [
     (Tuning(128, 2, None, 8), "stages=2, .* would wait for ever"),
+    (Tuning(64, 4, None, 8, 64), "stages=4, .* would wait for ever: operands arrive 4 steps ahead"),
+    (Tuning(64, 6, None, 8, 32), "rows=32.*: tiles have 128 rows or 64"),
     (Tuning(128, 4, "b", 8), "neighbouring rows of tiles may belong to two experts")])
 def test_a_tuning_that_cannot_work_is_refused(tuning, said):
     rng = np.random.default_rng(6)
