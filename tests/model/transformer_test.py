@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from tiny_models import FAMILY, distance, model_config, random_batch, random_variables, transformer
 
+from dsv3.config import resolve
+from dsv3.model.batch import Batch
 from dsv3.model.ops import reference_ops
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.ops import make_ops
 
 POLICIES = ("none", "report", "full")
 
@@ -127,6 +130,24 @@ def test_a_bfloat16_model_stays_near_its_float32_twin():
     rounded, _ = transformer(dataclasses.replace(config, dtype="bfloat16")).apply(variables, batch, method="forward")
     assert rounded.dtype == jnp.float32
     assert 1e-4 < distance(rounded, exact) < 0.2
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+@pytest.mark.parametrize("batch, length", [(0, 12), (2, 0)])
+def test_no_tokens_cost_nothing_and_move_nothing(batch, length, recipe):
+    """Losses and gradients of zero, not NaN, and logits of the right shape."""
+    config = FAMILY["v3"]
+    model, variables = Transformer(config, make_ops("reference", resolve(recipe))), random_variables(config)
+    empty = Batch(*(jnp.zeros((batch, length), array.dtype) for array in random_batch(config)))
+
+    def total(params):
+        losses = model.apply(variables | {"params": params}, empty)
+        return losses.main + jnp.sum(losses.mtp_D) + losses.balance, losses
+
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(total, has_aux=True))(variables["params"])):
+        assert not np.any(leaf)
+    main, ahead = jax.eval_shape(lambda: model.apply(variables, empty, method="forward"))
+    assert main.shape == ahead[0].shape == (batch, length, config.vocab_size)
 
 
 def test_sites_reach_the_bundle_by_name():
