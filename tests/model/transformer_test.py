@@ -58,7 +58,7 @@ def test_parameter_tree_gradients_and_loads_are_the_same_under_every_policy():
 @pytest.mark.slow
 def test_unrolling_the_scan_changes_neither_parameters_nor_gradients():
     """Three MoE layers one at a time, in pairs (which does not divide them), and all at once."""
-    configs = [model_config(n_layers=4, n_dense_layers=1, scan_unroll=unroll) for unroll in (1, 2, 100)]
+    configs = [model_config(n_layers=3, n_dense_layers=0, mtp=dict(depth=0), scan_unroll=n) for n in (1, 2, 100)]
     batch, variables = random_batch(configs[0]), random_variables(configs[0])
     results = [gradient(config)(variables["params"], variables["routing"], batch) for config in configs]
     for grads, losses in results[1:]:
@@ -70,7 +70,7 @@ def test_recomputation_saves_memory_in_the_order_of_its_policies():
     """At shapes where activations dominate, the compiled gradient's temporary memory falls from none to full."""
     sizes = {}
     for policy in POLICIES:
-        config = model_config(remat=policy, n_layers=7, dim=64, inter_dim=256)
+        config = model_config(remat=policy, n_layers=6, n_dense_layers=0, mtp=dict(depth=0), dim=64)
         batch = random_batch(config, batch=4, length=64)
         sizes[policy] = lowered_gradient(config, batch).compile().memory_analysis().temp_size_in_bytes
     assert sizes["none"] > 1.3 * sizes["report"] > 1.3 * sizes["full"]

@@ -142,10 +142,11 @@ def test_a_run_leaves_metrics_plots_and_checkpoints(corpus, tmp_path):
 @pytest.mark.slow
 def test_a_corrected_mistake_needs_no_new_workdir_and_other_data_is_refused(corpus, tmp_path):
     """A run that never started leaves nothing in the way; one that did wants the data that it has read."""
-    run, config = tmp_path / "run", small_config(corpus, **{"train.steps": "2"})
+    two_steps = ONE_LAYER | {"train.steps": "2"}
+    run, config = tmp_path / "run", small_config(corpus, **two_steps)
     for wrong in ({"data.sources.0.files": "/nowhere"}, {"model.vocab_size": "200"}):
         with pytest.raises(UserError):
-            train(small_config(corpus, **wrong), run, OPS)
+            train(small_config(corpus, **ONE_LAYER, **wrong), run, OPS)
     train(config, run, OPS)
     steps = [record["step"] for record in read_lines(run / "metrics.jsonl")]
     assert steps == sorted(steps)
@@ -154,7 +155,7 @@ def test_a_corrected_mistake_needs_no_new_workdir_and_other_data_is_refused(corp
     changed = write_corpus(tmp_path / "changed")
     (changed / "module_3.py").write_text("another = 1\n" * 30)
     with pytest.raises(UserError, match="data.sources.0.files"):
-        train(small_config(changed, **{"train.steps": "2"}), run, OPS)
+        train(small_config(changed, **two_steps), run, OPS)
     shutil.rmtree(run / "data")
     shutil.rmtree(corpus)
     shutil.copytree(changed, corpus)
@@ -182,7 +183,8 @@ def test_a_number_that_is_not_finite_is_null_on_disk_and_nan_when_read(tmp_path)
 
 def test_a_batch_ramp_grows_the_number_of_micro_batches(corpus, tmp_path):
     """2, then 4, then 6 sequences as tokens are consumed, in micro-batches of 2."""
-    config = small_config(corpus, **{"train.batch_increment": "2", "train.steps": "5", "train.eval_every": "9"})
+    config = small_config(corpus, **ONE_LAYER, **{
+        "train.batch_increment": "2", "train.steps": "5", "train.eval_every": "9"})
     phase = dataclasses.replace(config.train.batch_size[0], until=256.0, start=2.0, end=6.0, shape="linear")
     flat = dataclasses.replace(config.train.batch_size[0], start=6.0, end=6.0)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=(phase, flat)))
