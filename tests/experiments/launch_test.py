@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from small_runs import ONE_LAYER, small_overrides, write_corpus
+from small_runs import small_overrides, write_corpus
 
 from dsv3.config import UserError
 from experiments.launch import MISTAKE, load_config
@@ -23,8 +23,8 @@ def flags(overrides):
 @pytest.mark.slow
 def test_train_continue_and_generate(tmp_path):
     """The README's three commands in miniature."""
-    small = small_overrides(write_corpus(tmp_path / "text"), **ONE_LAYER | {"model.mtp.depth": "1"})
-    arguments = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *flags(small)]
+    arguments = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}",
+                 *flags(small_overrides(write_corpus(tmp_path / "text")))]
     first = run("pretrain", *arguments)
     assert first.returncode == 0, first.stderr
     assert "bits per byte" in first.stdout and "bigram" in first.stdout and "xz" in first.stdout
