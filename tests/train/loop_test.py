@@ -142,11 +142,10 @@ def test_a_run_leaves_metrics_plots_and_checkpoints(corpus, tmp_path):
 @pytest.mark.slow
 def test_a_corrected_mistake_needs_no_new_workdir_and_other_data_is_refused(corpus, tmp_path):
     """A run that never started leaves nothing in the way; one that did wants the data that it has read."""
-    two_steps = ONE_LAYER | {"train.steps": "2"}
-    run, config = tmp_path / "run", small_config(corpus, **two_steps)
+    run, config = tmp_path / "run", small_config(corpus, **{"train.steps": "2"})
     for wrong in ({"data.sources.0.files": "/nowhere"}, {"model.vocab_size": "200"}):
         with pytest.raises(UserError):
-            train(small_config(corpus, **ONE_LAYER, **wrong), run, OPS)
+            train(small_config(corpus, **wrong), run, OPS)
     train(config, run, OPS)
     steps = [record["step"] for record in read_lines(run / "metrics.jsonl")]
     assert steps == sorted(steps)
@@ -155,7 +154,7 @@ def test_a_corrected_mistake_needs_no_new_workdir_and_other_data_is_refused(corp
     changed = write_corpus(tmp_path / "changed")
     (changed / "module_3.py").write_text("another = 1\n" * 30)
     with pytest.raises(UserError, match="data.sources.0.files"):
-        train(small_config(changed, **two_steps), run, OPS)
+        train(small_config(changed, **{"train.steps": "2"}), run, OPS)
     shutil.rmtree(run / "data")
     shutil.rmtree(corpus)
     shutil.copytree(changed, corpus)
