@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from interpreted import interpreter
 
 from dsv3.config.quant import Operand
 from dsv3.kernels.scaled import Tiles
@@ -38,7 +38,7 @@ def reference(x_MK, operand) -> Tiles:
 
 
 def interpreted(function, *arrays):
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with interpreter(detect_races=True):
         return jax.block_until_ready(jax.jit(function)(*arrays))
 
 

@@ -1,21 +1,36 @@
-"""Interpretation of Hopper kernels whose matrix instructions take registers, which jax's interpreter does not know.
+"""Interpretation of Hopper kernels, also of those whose matrix instructions take registers.
 
-Two operations are put in terms of what it knows, while a kernel is traced: a product with its left operand in
-registers, and giving an accumulator a value.
+jax's interpreter is made of callbacks, tens of thousands in a kernel; they get their arguments as copies in NumPy here,
+since putting each on a device first took a third of all the time. What it does not know is put in terms of what it
+does, while a kernel is traced: a product with its left operand in registers, and giving an accumulator a value.
 """
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import callback
 from jax._src.pallas.mosaic_gpu import primitives
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax._src.state import primitives as state
 from jax._src.state import types
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _wgmma = plgpu.wgmma
+_to_int = shared_memory._to_int
+_NUMPY = SimpleNamespace(device_put=lambda arguments, device: jax.tree.map(np.array, arguments))
+
+
+@contextmanager
+def interpreter(**settings):
+    """What is computed inside is interpreted: wait for it there. `settings` of `InterpretGPUParams`."""
+    with (mock.patch.object(callback, "api", _NUMPY),
+          mock.patch.object(shared_memory, "_to_int", lambda x: int(x) if isinstance(x, np.ndarray) else _to_int(x)),
+          plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**settings))):
+        yield
 
 
 def _is_ref(x) -> bool:
@@ -36,9 +51,9 @@ def _product(acc, a, b) -> None:
 
 @contextmanager
 def interpreted():
+    """`interpreter` of kernels whose products read registers."""
     with (mock.patch.object(plgpu, "wgmma", _product),
-          mock.patch.object(primitives, "wgmma_accumulator_store", _set_accumulator),
-          plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())):
+          mock.patch.object(primitives, "wgmma_accumulator_store", _set_accumulator), interpreter()):
         yield
 
 

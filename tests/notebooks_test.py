@@ -6,6 +6,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from processes import QUICK
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SECONDS = 600  # a minute or so on two idle cores
@@ -36,7 +37,8 @@ def test_committed_with_outputs(path):
 @each_notebook
 def test_runs(path, monkeypatch):
     """A fresh kernel in the notebook's own directory, as Jupyter starts it; a cell that raises fails the test."""
-    monkeypatch.delenv("XLA_FLAGS")  # what is compiled fast runs slowly, and notebooks run more than they compile
+    # What is compiled fast runs slowly, and notebooks run more than other tests do.
+    monkeypatch.setenv("XLA_FLAGS", QUICK.replace("optimization_level=0", "optimization_level=1"))
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})

@@ -12,13 +12,14 @@ from experiments.launch_local import free_port
 
 ROOT = Path(__file__).parents[1]
 HEARTBEAT = 5
+QUICK = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+"""To compile, as `conftest.py` has it."""
 
 
 def environment(**more):
     """Without a launcher's variables and the tests' many devices, with the project on the path."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DSV3_")}
-    return kept | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT),
-                   "PYTHONUNBUFFERED": "1"} | more
+    return kept | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | more
 
 
 @contextlib.contextmanager

@@ -102,7 +102,9 @@ def _each(multiply: Callable, a: Tiles, b: Tiles | Blocks) -> jax.Array:
 def _row_blocks(a: Tiles) -> Tiles:
     """[J, K] as [Z, 128, K]."""
     rows, columns = a.values.shape
-    return Tiles(a.values.reshape(-1, TILE, columns), a.scales.reshape(-1, rows // TILE, TILE).swapaxes(0, 1))
+    n_blocks = rows // TILE
+    return Tiles(a.values.reshape(n_blocks, TILE, columns),
+                 a.scales.reshape(len(a.scales), n_blocks, TILE).swapaxes(0, 1))
 
 
 def _column_groups(a: Tiles, block_Gn: jax.Array) -> Tiles:

@@ -70,5 +70,5 @@ class MoE(nn.Module):
         with jax.named_scope("router"):
             stats = RouterStats(
                 gate.expert_counts(routes.topk_TK, valid_BT.reshape(-1), c.n_routed_experts),
-                gate.balance_loss(scores_TE.reshape(*valid_BT.shape, -1), valid_BT, c))
+                gate.balance_loss(scores_TE.reshape(*valid_BT.shape, c.n_routed_experts), valid_BT, c))
         return y_BTD, stats

@@ -156,7 +156,7 @@ def _attention_dot_forward(heads, rotation_2BTP, w, segment_ids_BT, scale, place
     forward_w, dgrad_w = quantize_weights(w, place)
     y_MN = place.products.dot(rows, forward_w, o_MK.dtype)[:len(o_MK), :w.shape[1]]
     residuals = heads, rotation_2BTP, segment_ids_BT, waiting, checkpoint_name(kept, "attn.core"), dgrad_w
-    return y_MN.reshape(*o_BTHU.shape[:2], -1), residuals
+    return y_MN.reshape(*o_BTHU.shape[:2], w.shape[1]), residuals
 
 
 def _attention_dot_backward(scale, place, residuals, d_y_BTD):

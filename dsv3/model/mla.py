@@ -73,14 +73,15 @@ class MLA(nn.Module):
             q_BTQ, kv_flat = self.ops.norm_linear(("attn.q_a", "attn.kv_a"), x_BTD, norm, (q_a, kv_a), eps)
             q_flat, = self.ops.norm_linear(("attn.q_b",), q_BTQ, q_norm, (q_b,), latent_eps)
 
-        heads = (*x_BTD.shape[:2], c.n_heads, -1)
-        q_BTHX = q_flat.reshape(heads)
+        heads = (*x_BTD.shape[:2], c.n_heads)
+        q_BTHX = q_flat.reshape(*heads, c.qk_head_dim)
         c_kv_BTC, k_rope_BTR = jnp.split(kv_flat, [c.kv_lora_rank], axis=-1)
         scale, rotation_2BTP = softmax_scale(c), context.rotation_2BTP
         if cache is None:
             kv_heads, = self.ops.norm_linear(("attn.kv_b",), c_kv_BTC, kv_norm, (kv_b,), latent_eps)
+            kv_BTHY = kv_heads.reshape(*heads, c.qk_nope_head_dim + c.v_head_dim)
             return self.ops.attention_linear(
-                "attn.o", q_BTHX, kv_heads.reshape(heads), k_rope_BTR, rotation_2BTP, out,
+                "attn.o", q_BTHX, kv_BTHY, k_rope_BTR, rotation_2BTP, out,
                 scale=scale, segment_ids_BT=context.segment_ids_BT), None
         q_nope_BTHN, q_rope_BTHR = jnp.split(q_BTHX, [c.qk_nope_head_dim], axis=-1)
         q_rope_BTHR, k_rope_BTR = (rotate(x, rotation_2BTP) for x in (q_rope_BTHR, k_rope_BTR))
@@ -88,7 +89,7 @@ class MLA(nn.Module):
         cache = _extend(cache, LatentCache(c_kv_BTC, k_rope_BTR), context.positions_BT)
         kv_b_CHY = kv_b.reshape(c.kv_lora_rank, c.n_heads, -1)
         o_BTHU = _absorbed(q_nope_BTHN, q_rope_BTHR, cache, context.positions_BT, kv_b_CHY, scale)
-        return self.ops.linear("attn.o", o_BTHU.reshape(*x_BTD.shape[:2], -1), out), cache
+        return self.ops.linear("attn.o", o_BTHU.reshape(*x_BTD.shape[:2], out.shape[0]), out), cache
 
 
 def _extend(cache: LatentCache, new: LatentCache, positions_BT: jax.Array) -> LatentCache:

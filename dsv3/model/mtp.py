@@ -25,7 +25,7 @@ class MTPInputs(NamedTuple):
 
 def shift_left(array_BT: jax.Array, by: int) -> jax.Array:
     """array[:, i + by] at i, zeros at the end of the row."""
-    return jnp.pad(array_BT[:, by:], [(0, 0), (0, by)])
+    return jnp.pad(array_BT, [(0, 0), (0, by)])[:, by:]
 
 
 def mtp_inputs(batch: Batch, depth: int) -> MTPInputs:

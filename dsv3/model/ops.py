@@ -106,7 +106,7 @@ def attention_linear(
     """`attention(heads, rotation_2BTP, scale, segment_ids_BT)` names what it keeps, its output with it."""
     with jax.named_scope("attention"):
         o_BTHU = attention(Heads(q_BTHX, kv_BTHY, k_rope_BTR), rotation_2BTP, scale, segment_ids_BT)
-    return linear(site, o_BTHU.reshape(*o_BTHU.shape[:2], -1), w)
+    return linear(site, o_BTHU.reshape(*o_BTHU.shape[:2], w.shape[0]), w)
 
 
 def mlp(sites: tuple[str, str], x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:

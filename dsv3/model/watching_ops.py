@@ -78,7 +78,7 @@ def watching_ops(
 
     def attention_linear(site, q_BTHX, kv_BTHY, k_rope_BTR, rotation_2BTP, w, *, scale, segment_ids_BT):
         o_BTHU = attention(Heads(q_BTHX, kv_BTHY, k_rope_BTR), rotation_2BTP, scale, segment_ids_BT)
-        return linear(site, o_BTHU.reshape(*o_BTHU.shape[:2], -1), w)
+        return linear(site, o_BTHU.reshape(*o_BTHU.shape[:2], w.shape[0]), w)
 
     def mlp(sites, x, gate_up, down):
         return linear(sites[1], swiglu(linear(sites[0], x, gate_up)), down)

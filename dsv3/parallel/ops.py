@@ -34,10 +34,15 @@ def _raise(reason: str) -> None:
 
 
 def chosen_attention(kind: str, refuse: Callable[[str], None]) -> Attention:
-    """Our kernels for a device of this kind, cuDNN's for heads of another size, or the reference where both refuse."""
+    """Our kernels for a device of this kind, cuDNN's for heads of another size, or the reference where both refuse.
+
+    Without tokens there is no tile to compute and nothing to refuse: the reference's empty arrays are the answer.
+    """
     ours = attention_rotary_hopper.attention(kind)
 
     def choose(heads: Heads) -> Attention:
+        if not heads.q_BTHX.size:
+            return ATTENTION
         if not attention_rotary_hopper.refusal(heads):
             return ours
         reason = attention_cudnn.refusal(heads.q_BTHX.shape[-1], heads.n_value, heads.kv_BTHY.dtype)

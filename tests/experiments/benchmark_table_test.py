@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from interpreted import interpreted, interpreter
 
 from dsv3.config import UserError
 from experiments import benchmark_grouped, benchmark_table, peers_torch
@@ -193,7 +193,7 @@ def test_every_hopper_form_is_right_interpreted(name, monkeypatch):
     for clock in ("seconds", "device_seconds"):
         monkeypatch.setattr(benchmark_table, clock, lambda programs: dict.fromkeys(programs, 1.0))
     case = rows_case(name, TOY.get(name, (128, 256)))
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    with interpreter():
         row = measure(case, COPY_RATE, False, soak=1)
     assert bad(case, row) == [] and row["errors"] == {} and "Hopper" in row["rows"]
     assert set(SHAPES) == set(FORMS)
@@ -239,8 +239,6 @@ def test_the_attention_reference_agrees_with_all_heads_at_once(segments):
 @pytest.mark.parametrize("segments", [False, True])
 def test_our_attention_is_right_interpreted(segments):
     """The contestant of `benchmark attention`, both directions, from whole heads and the rotation."""
-    from interpreted import interpreted
-
     own = contestant(ATTENTION["Hopper"], True, segments)
     inputs = inputs_of(0, 1, 136, 2, segments)
     with interpreted():

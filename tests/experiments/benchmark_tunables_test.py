@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from interpreted import interpreter
 
 from dsv3.kernels import attention_backward_hopper, attention_hopper, fp8_hopper, scaled_products_hopper
 from dsv3.kernels.attention import causal_attention
@@ -166,6 +166,6 @@ def test_the_references_of_the_products_agree_with_the_models(monkeypatch):
 @pytest.mark.parametrize("width", [96, 112, 144, 160, 176])
 def test_other_widths_than_the_defaults_multiply(width):
     a, b = benchmark_tunables.random_tiles(0, 128, 256), benchmark_tunables.random_blocks(1, 256, 256)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        actual = benchmark_tunables.dense_dot((128, 256, 256), Tuning(width, 3, None, 8))(a, b)
+    with interpreter():
+        actual = jax.block_until_ready(benchmark_tunables.dense_dot((128, 256, 256), Tuning(width, 3, None, 8))(a, b))
     assert distance(actual, BY_NAME["scaled_dot"].expected(a, b)) < 0.004

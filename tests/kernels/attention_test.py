@@ -178,6 +178,25 @@ def test_the_gradients_of_attend_are_those_of_the_plain_composition(segments, dt
     assert not np.any(d_rotation)  # positions are no parameters: nothing is computed for them
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("batch, length", [(0, T), (B, 0), (0, 0)])
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_no_tokens_give_empty_outputs_and_gradients(batch, length, with_segments, dtype):
+    """Each of the heads' own shape and dtype, of `attend` and of the plain reference; there is nothing to compute."""
+    ids_BT = jnp.zeros((batch, length), jnp.int32) if with_segments else None
+    heads = Heads(jnp.zeros((batch, length, H, N + R), dtype), jnp.zeros((batch, length, H, N + U), dtype),
+                  jnp.zeros((batch, length, R), dtype))
+    rotation = jnp.zeros((2, batch, length, R // 2))
+    for attention in (partial(attend, ATTENTION), rotary_attention):
+        def both_ways(heads, attention=attention):
+            o, vjp = jax.vjp(lambda heads: attention(heads, rotation, 0.5, ids_BT), heads)
+            return o, *vjp(o)
+
+        o, gradients = jax.eval_shape(both_ways, heads)
+        assert o.shape == (batch, length, H, U) and o.dtype == dtype
+        chex.assert_trees_all_equal_shapes_and_dtypes(gradients, heads)
+
+
 def test_widths_follow_from_three_arrays():
     """N = X - R and U = Y - N, of heads and of their gradients alike; also where nothing is rotated."""
     for n, r, u in ((6, 4, 5), (128, 64, 128), (8, 0, 3)):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from interpreted import interpreter
 from tiny_models import distance
 
 from dsv3.kernels.grouped_dot import block_starts, grouped_dot, padded_rows
@@ -46,7 +46,7 @@ def value_and_gradients(function, rows_JD, sizes_E, cotangent_JF, w_EDF, block):
 def test_agrees_with_the_reference(name, n_in, n_out):
     """Widths of both tile shapes; every output tile must be written, or the comparison would meet garbage."""
     inputs = problem(SIZES[name], n_in, n_out)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    with interpreter():
         actual = jax.block_until_ready(value_and_gradients(grouped_dot_hopper, *inputs, BLOCK))
     expected = value_and_gradients(grouped_dot, *inputs, BLOCK)
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
@@ -63,7 +63,7 @@ def test_agrees_with_the_reference(name, n_in, n_out):
 @pytest.mark.slow
 def test_blocks_of_the_caller_may_be_several_of_the_kernel():
     inputs = problem(SIZES["ragged, one empty"], 128, 128, block=2 * BLOCK)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    with interpreter():
         actual = jax.block_until_ready(value_and_gradients(grouped_dot_hopper, *inputs, 2 * BLOCK))
     for got, wanted in zip(actual, value_and_gradients(grouped_dot, *inputs, 2 * BLOCK), strict=True):
         assert distance(got, wanted) < 1e-3
@@ -102,7 +102,7 @@ def test_a_nan_stays_with_its_row_and_expert(spoiled):
         w_EDF = w_EDF.at[1, 5, 7].set(jnp.nan)
     else:
         d_out_JF = d_out_JF.at[row, 7].set(jnp.nan)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    with interpreter():
         found = jax.block_until_ready(
             value_and_gradients(grouped_dot_hopper, rows_JD, sizes_E, d_out_JF, w_EDF, BLOCK))
     out, d_rows, d_w = (np.isnan(np.asarray(x, np.float32)) for x in found)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted import interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config import UserError
@@ -39,7 +40,7 @@ def blocks(rng, *shape):
 
 
 def run(function, *arguments):
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    with interpreter():
         return np.asarray(jax.block_until_ready(function(*arguments)), np.float64)
 
 

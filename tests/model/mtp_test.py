@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tiny_models import FAMILY, distance, random_batch, random_variables, transformer
 
 from dsv3.model.batch import Batch
@@ -21,6 +22,14 @@ def test_inputs_of_each_depth_by_hand():
     assert second.tokens_BT.tolist() == [[12, 13, 14, 15, 16, 0]]
     assert second.targets_BT.tolist() == [[13, 14, 15, 16, 0, 0]]
     assert second.weights_BT.tolist() == [[1, 0, 0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_rows_shorter_than_a_depth_keep_their_length_and_weigh_nothing(length):
+    row = jnp.arange(2 * length).reshape(2, length)
+    inputs = mtp_inputs(Batch(row, row, jnp.ones((2, length)), jnp.ones((2, length), int)), 3)
+    assert {array.shape for array in inputs} == {(2, length)}
+    assert not np.any(inputs.weights_BT)
 
 
 def test_depth_k_sees_k_tokens_ahead_and_no_further():

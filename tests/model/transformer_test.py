@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from tiny_models import FAMILY, distance, model_config, random_batch, random_variables, transformer
 
+from dsv3.config import resolve
+from dsv3.model.batch import Batch
 from dsv3.model.ops import reference_ops
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.ops import make_ops
 
 POLICIES = ("none", "report", "full")
 
@@ -55,7 +58,7 @@ def test_parameter_tree_gradients_and_loads_are_the_same_under_every_policy():
 @pytest.mark.slow
 def test_unrolling_the_scan_changes_neither_parameters_nor_gradients():
     """Three MoE layers one at a time, in pairs (which does not divide them), and all at once."""
-    configs = [model_config(n_layers=4, n_dense_layers=1, scan_unroll=unroll) for unroll in (1, 2, 100)]
+    configs = [model_config(n_layers=3, n_dense_layers=0, mtp=dict(depth=0), scan_unroll=n) for n in (1, 2, 100)]
     batch, variables = random_batch(configs[0]), random_variables(configs[0])
     results = [gradient(config)(variables["params"], variables["routing"], batch) for config in configs]
     for grads, losses in results[1:]:
@@ -67,7 +70,7 @@ def test_recomputation_saves_memory_in_the_order_of_its_policies():
     """At shapes where activations dominate, the compiled gradient's temporary memory falls from none to full."""
     sizes = {}
     for policy in POLICIES:
-        config = model_config(remat=policy, n_layers=7, dim=64, inter_dim=256)
+        config = model_config(remat=policy, n_layers=6, n_dense_layers=0, mtp=dict(depth=0), dim=64)
         batch = random_batch(config, batch=4, length=64)
         sizes[policy] = lowered_gradient(config, batch).compile().memory_analysis().temp_size_in_bytes
     assert sizes["none"] > 1.3 * sizes["report"] > 1.3 * sizes["full"]
@@ -127,6 +130,24 @@ def test_a_bfloat16_model_stays_near_its_float32_twin():
     rounded, _ = transformer(dataclasses.replace(config, dtype="bfloat16")).apply(variables, batch, method="forward")
     assert rounded.dtype == jnp.float32
     assert 1e-4 < distance(rounded, exact) < 0.2
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+@pytest.mark.parametrize("batch, length", [(0, 12), (2, 0)])
+def test_no_tokens_cost_nothing_and_move_nothing(batch, length, recipe):
+    """Losses and gradients of zero, not NaN, and logits of the right shape."""
+    config = FAMILY["v3"]
+    model, variables = Transformer(config, make_ops("reference", resolve(recipe))), random_variables(config)
+    empty = Batch(*(jnp.zeros((batch, length), array.dtype) for array in random_batch(config)))
+
+    def total(params):
+        losses = model.apply(variables | {"params": params}, empty)
+        return losses.main + jnp.sum(losses.mtp_D) + losses.balance, losses
+
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(total, has_aux=True))(variables["params"])):
+        assert not np.any(leaf)
+    main, ahead = jax.eval_shape(lambda: model.apply(variables, empty, method="forward"))
+    assert main.shape == ahead[0].shape == (batch, length, config.vocab_size)
 
 
 def test_sites_reach_the_bundle_by_name():

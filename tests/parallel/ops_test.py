@@ -176,11 +176,25 @@ def test_every_norm_of_small_moe_is_a_kernel(monkeypatch, recipe):
     assert kernels["rsqrt"] == 0 < plain["rsqrt"]
 
 
+def attention_of_no_tokens(ops, batch, length, nope, segments):
+    """V3's heads are our kernels', those with a `nope` of 64 are cuDNN's."""
+    ids_BT = jnp.zeros((batch, length), jnp.int32) if segments else None
+    heads = [jnp.zeros((batch, length, *rest), jnp.bfloat16) for rest in ((4, nope + 64), (4, nope + 128), (64,))]
+    run = lambda w, *heads: ops.attention_linear(
+        "attn.o", *heads, jnp.zeros((2, batch, length, 32)), w, scale=1.0, segment_ids_BT=ids_BT)
+    return run, jnp.ones((512, 512)), *heads
+
+
 def calls(ops):
     """Operations with their arguments for no tokens at all."""
     rows, matrix = jnp.zeros((0, 512), jnp.bfloat16), jnp.ones((512, 512))
     targets, experts = jnp.zeros(0, jnp.int32), ExpertWeights(jnp.ones((3, 512, 1024)), jnp.ones((3, 512, 512)))
     return {
+        "attention of no rows": attention_of_no_tokens(ops, 0, 8, 128, False),
+        "attention of no rows with segments": attention_of_no_tokens(ops, 0, 8, 128, True),
+        "attention of empty rows": attention_of_no_tokens(ops, 2, 0, 128, False),
+        "attention of empty rows with segments": attention_of_no_tokens(ops, 2, 0, 128, True),
+        "attention of other heads": attention_of_no_tokens(ops, 2, 0, 64, False),
         "linear": (lambda x, w: ops.linear("attn.q_b", x, w), rows, matrix),
         "norm": (lambda x, gain: ops.norm(x, gain, 1e-6), rows, jnp.ones(512)),
         "norm_linear": (lambda x, gain, w: ops.norm_linear(("attn.q_a",), x, gain, (w,), 1e-6),

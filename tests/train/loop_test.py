@@ -182,7 +182,8 @@ def test_a_number_that_is_not_finite_is_null_on_disk_and_nan_when_read(tmp_path)
 
 def test_a_batch_ramp_grows_the_number_of_micro_batches(corpus, tmp_path):
     """2, then 4, then 6 sequences as tokens are consumed, in micro-batches of 2."""
-    config = small_config(corpus, **{"train.batch_increment": "2", "train.steps": "5", "train.eval_every": "9"})
+    config = small_config(corpus, **ONE_LAYER, **{
+        "train.batch_increment": "2", "train.steps": "5", "train.eval_every": "9"})
     phase = dataclasses.replace(config.train.batch_size[0], until=256.0, start=2.0, end=6.0, shape="linear")
     flat = dataclasses.replace(config.train.batch_size[0], start=6.0, end=6.0)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=(phase, flat)))
