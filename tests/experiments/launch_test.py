@@ -21,8 +21,9 @@ def flags(overrides):
 
 
 @pytest.mark.slow
-def test_train_continue_and_generate(tmp_path):
-    """The README's three commands in miniature."""
+def test_train_continue_and_generate(tmp_path, monkeypatch):
+    """The README's three commands in miniature, compiled as users' machines compile them."""
+    monkeypatch.delenv("XLA_FLAGS")
     arguments = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}",
                  *flags(small_overrides(write_corpus(tmp_path / "text")))]
     first = run("pretrain", *arguments)
