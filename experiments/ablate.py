@@ -113,8 +113,9 @@ def sum_up(runs: Sequence[Run], comparison: Comparison, warmup: int, workdir: Pa
         trained = run.trained()
         if trained.steps:
             found[run.variant][run.seed] = trained
-        if not trained.settled:
-            waiting.append(f"{run.directory.name} (step {len(trained.steps)} of {run.config.train.steps})")
+        if not (trained.settled and trained.steps):
+            step = trained.steps[-1]["step"] if trained.steps else 0
+            waiting.append(f"{run.directory.name} (step {step} of {run.config.train.steps})")
     apart = differences(found, comparison.baselines)
     each = lambda what: {name: {seed: what(run, apart.get((name, seed))) for seed, run in seeds.items()}
                          for name, seeds in found.items() if seeds}

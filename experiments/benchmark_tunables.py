@@ -52,9 +52,9 @@ def product_candidates(m: int, n: int, default: Tuning, out_bytes: int, *, colum
                        pairs: str = "ab") -> list[Tuning]:
     """The default first; then widths by their cost, the usual two with other bands and pairs; all that fit.
 
-    For few rows the narrow tiles, and the narrowest of half their height that run all at once.
+    For few rows, of a forward product, the narrow tiles, and the narrowest of half their height that run all at once.
 
-    `pairs`: operands that neighbours may share.
+    `pairs`: operands that neighbours may share, where there are many rows.
     """
     if m <= ROWS:
         at_once = [tuning for tuning in HALVES if 2 * -(-n // tuning.width) <= MULTIPROCESSORS]

@@ -92,7 +92,8 @@ def differences(
             baseline = runs.get(other, {}).get(seed)
             if run.steps and baseline and baseline.steps and baseline.diverged is None:
                 require(run.first() == baseline.first(), f"{name!r} begins at step {run.first()} and {other!r}, its "
-                        f"baseline, at {baseline.first()}: they cannot be compared")
+                        f"baseline, at {baseline.first()} (seed {seed}): they cannot be compared; delete the directory "
+                        "of the one that is out of date")
                 found[name, seed] = relative_difference(run.loss()[:run.good()], baseline.loss())
     return found
 
@@ -103,7 +104,8 @@ def figures(run: Trained, difference: np.ndarray | None, warmup: int) -> dict[st
 
     Of a run that diverged or is under way only where, and the differences up to there.
     """
-    after = [] if difference is None else np.abs(difference[run.after(warmup)])
+    after = np.zeros(0) if difference is None else np.abs(difference[run.after(warmup)])
+    after = after[np.isfinite(after)]  # nothing is, before the first good step
     largest, mean, final = (float(after.max()), float(after.mean()), float(after[-1])) if len(after) else (None,) * 3
     relative = {"relative_largest": largest, "relative_mean": mean, "relative_final": final, "diverged": run.diverged}
     if run.validation is None:

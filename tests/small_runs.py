@@ -45,3 +45,19 @@ def small_config(corpus: Path, **more: str) -> Config:
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_metrics(directory, losses, *, bad=(), validated=True, first=1):
+    """A run of these losses by step from `first` on, the steps `bad` without a finite one, as the loop logs them."""
+    directory.mkdir(parents=True)
+    lines, streak = [], 0
+    for step, loss in enumerate(losses, start=first):
+        streak = streak + 1 if step in bad else 0
+        record = {"step": step, "tokens": 64 * step, "loss": None if step in bad else float(loss), "mtp_loss": [2.0],
+                  "max_vio": [1.0, 3.0, 50.0], "bad_steps_in_a_row": streak}
+        lines.append(record | ({"tokens_per_second": 100.0 + step} if step % 10 == 0 else {}))
+    if validated:
+        last = first + len(losses) - 1
+        lines.append({"step": last, "tokens": 64 * last, "validation_bits_per_byte": 1.25,
+                      "validation_mtp_agreement": [0.5], "validation_max_vio": [1.0, 2.0, 99.0]})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

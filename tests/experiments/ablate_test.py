@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 from processes import ROOT, environment, started, wait_until
-from small_runs import ONE_LAYER, SMALL, read_lines, write_corpus
+from small_runs import ONE_LAYER, SMALL, read_lines, write_corpus, write_metrics
 
 from experiments.launch import MISTAKE
 
@@ -168,3 +168,27 @@ def test_variants_go_on_from_the_end_of_the_start(arguments, tmp_path):
     assert steps == {"begun": list(range(1, 6)), "base": list(range(6, 13)), "base_other_order": list(range(6, 13))}
     figures = json.loads((runs / "ablation.json").read_text())
     assert 0 <= figures["base, other order"]["0"]["relative_largest"] < 0.01
+
+
+@pytest.mark.slow
+def test_a_summary_shows_runs_as_far_as_they_have_come(arguments, tmp_path):
+    """By the same numbers of steps everywhere, the last line of a file cut off in writing left out."""
+    file, runs = tmp_path / "experiment.py", tmp_path / "runs"
+    more = EXPERIMENT.replace('"base": {},', '"base": {}, "begun": {"train.steps": "5"},')
+    file.write_text(more + 'START = "begun"\nBASELINES.pop(START)\n')
+    write_metrics(runs / "begun-0", [4.0] * 5)
+    write_metrics(runs / "base-0", [3.0] * 4, first=6, validated=False)
+    write_metrics(runs / "base_other_order-0", [3.03] * 3, first=6, validated=False)
+    with (runs / "base_other_order-0" / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 9, "lo')
+    shown = run(*arguments, "--summary")
+    assert shown.returncode == 0, shown.stderr
+    table = [line.split() for line in shown.stdout.splitlines()[1:4]]
+    assert [row[0] for row in table] == ["base", "begun", "base,"] and table[1][1] == "4.000"
+    assert "step 9 so far" in shown.stdout and "1.000" in table[2] and "step 8 so far" in shown.stdout
+    waiting = shown.stdout.splitlines()[-1]
+    assert waiting == ("not finished: base-0 (step 9 of 12), base_other_order-0 (step 8 of 12), wild-0 (step 0 of 12), "
+                       "refused-0 (step 0 of 12)")
+    figures = json.loads((runs / "ablation.json").read_text())
+    assert figures["base, other order"]["0"]["last_step"] == 8 and "last_step" not in figures["begun"]["0"]
+    assert set(json.loads((runs / "curves.json").read_text())) == {"begun-0", "base-0", "base_other_order-0"}

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from small_runs import write_metrics
 from tiny_models import train_config
 
 from dsv3.config import UserError
@@ -51,20 +52,8 @@ def test_a_loss_that_is_larger_by_a_share_differs_by_that_share(losses, share):
     np.testing.assert_allclose(relative_difference(losses * (1 + share), losses), 100 * share, atol=1e-9)
 
 
-def write_run(directory, losses, *, bad=(), validated=True, first=1):
-    """A run of these losses by step from `first` on, the steps `bad` without a finite one, as the loop logs them."""
-    directory.mkdir(parents=True)
-    lines, streak = [], 0
-    for step, loss in enumerate(losses, start=first):
-        streak = streak + 1 if step in bad else 0
-        record = {"step": step, "tokens": 64 * step, "loss": None if step in bad else float(loss), "mtp_loss": [2.0],
-                  "max_vio": [1.0, 3.0, 50.0], "bad_steps_in_a_row": streak}
-        lines.append(record | ({"tokens_per_second": 100.0 + step} if step % 10 == 0 else {}))
-    if validated:
-        last = first + len(losses) - 1
-        lines.append({"step": last, "tokens": 64 * last, "validation_bits_per_byte": 1.25,
-                      "validation_mtp_agreement": [0.5], "validation_max_vio": [1.0, 2.0, 99.0]})
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def write_run(directory, losses, **how):
+    write_metrics(directory, losses, **how)
     return read_run(directory, TRAIN)
 
 
@@ -121,6 +110,15 @@ def test_runs_that_go_on_from_another_are_compared_from_their_first_step(tmp_pat
     early = write_run(tmp_path / "d", losses(1), first=1)
     with pytest.raises(UserError, match="'a' begins at step 11 and 'd', its baseline, at 1"):
         differences({"a": {"0": run}, "d": {"0": early}}, {"a": "d"})
+
+
+def test_bad_steps_before_any_good_one_are_no_difference(tmp_path):
+    run, baseline = (write_run(tmp_path / name, losses(0, 9), bad=bad, validated=False)
+                     for name, bad in (("a", (1,)), ("b", (1, 2))))
+    apart = differences({"a": {"0": run}, "b": {"0": baseline}}, {"a": "b"})["a", "0"]
+    found = figures(run, apart, warmup=0)
+    assert np.isfinite([found["relative_largest"], found["relative_mean"], found["relative_final"]]).all()
+    assert figures(run, apart[:1], warmup=0)["relative_largest"] is None
 
 
 @pytest.mark.parametrize("steps, bad, validated", [

@@ -1,6 +1,7 @@
 """Block-scaled products for Hopper, interpreted on the CPU, against float64 products of the decoded operands.
 
-Interpretation runs every matrix instruction at once, so it cannot show a race, and its own detector of races stays off:
+Interpretation runs every matrix instruction at once, so it cannot show a race, nor an accumulator that is read before
+its product is done; its own detector of races stays off:
 it takes reads of scales for racing with the copies that follow, which a barrier orders on a GPU. `benchmark exact`,
 `gemm` and `grouped` repeat the comparison there.
 """
