@@ -98,14 +98,18 @@ def differences(
     return found
 
 
+def sizes(difference: np.ndarray) -> np.ndarray:
+    """|d_t| where there is one: nothing is finite before the first good step."""
+    return np.abs(difference[np.isfinite(difference)])
+
+
 def figures(run: Trained, difference: np.ndarray | None, warmup: int) -> dict[str, float | int | None]:
     """Of one finished run: losses and the trunk's MaxVio (mean and worst layer) over its last steps, its validation,
     its median speed, and the largest, mean and final |d_t| after `warmup` steps, None without a baseline.
 
     Of a run that diverged or is under way only where, and the differences up to there.
     """
-    after = np.zeros(0) if difference is None else np.abs(difference[run.after(warmup)])
-    after = after[np.isfinite(after)]  # nothing is, before the first good step
+    after = np.zeros(0) if difference is None else sizes(difference[run.after(warmup)])
     largest, mean, final = (float(after.max()), float(after.mean()), float(after[-1])) if len(after) else (None,) * 3
     relative = {"relative_largest": largest, "relative_mean": mean, "relative_final": final, "diverged": run.diverged}
     if run.validation is None:
@@ -162,8 +166,8 @@ def plot_comparison(
             shown = run.after(warmup)
             panels["difference"].plot(tokens[:len(difference)][shown], difference[shown], **style)
             if run.diverged is None:
-                largest = max(largest, np.abs(difference[shown]).max(initial=0.0))
-    band = [np.abs(d[runs[name][seed].after(warmup)]).max(initial=0.0)
+                largest = max(largest, sizes(difference[shown]).max(initial=0.0))
+    band = [sizes(d[runs[name][seed].after(warmup)]).max(initial=0.0)
             for (name, seed), d in apart.items() if name == noise]
     if band:
         panels["difference"].axhspan(-max(band), max(band), color="0.85", zorder=0,

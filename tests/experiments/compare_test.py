@@ -116,6 +116,7 @@ def test_bad_steps_before_any_good_one_are_no_difference(tmp_path):
     run, baseline = (write_run(tmp_path / name, losses(0, 9), bad=bad, validated=False)
                      for name, bad in (("a", (1,)), ("b", (1, 2))))
     apart = differences({"a": {"0": run}, "b": {"0": baseline}}, {"a": "b"})["a", "0"]
+    assert np.isnan(apart[0])
     found = figures(run, apart, warmup=0)
     assert np.isfinite([found["relative_largest"], found["relative_mean"], found["relative_final"]]).all()
     assert figures(run, apart[:1], warmup=0)["relative_largest"] is None
