@@ -134,7 +134,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "rows": TOKENS, "columns": TOKENS, "both": (*TOKENS, (16_384, 2112), (16_200, 576)),
     "both, special numbers": ((384, 512),), "requantise": TOKENS, "requantise E5M6": TOKENS,
     "pack": ((16_384, 16_384),), "unpack": ((16_384, 16_384),), "norm alone": TOKENS,
-    "weights": ((8, 7168, 4096),), "norm": (*TOKENS, (16_384, 1536), (16_384, 512)), "norm, both": TOKENS,
+    "weights": ((8, 7168, 4096),), "norm": (*TOKENS, (16_384, 1536), (16_384, 512), (65_536, 1280)), "norm, both": TOKENS,
     "swiglu": (GATE_UP,), "swiglu, gate_up as kept": ((16_384, 4096),), "swiglu backward": (GATE_UP,),
     "permute": (ROUTED,), "combine": (ROUTED,), "combine without weights": (ROUTED,),
 }
