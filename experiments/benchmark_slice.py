@@ -22,6 +22,7 @@ step they are two, of 25.0 and 40.0 GiB besides.
 
 import dataclasses
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -175,6 +176,11 @@ def floor_microseconds(config: ModelConfig, seq_len: int) -> float:
     return 1e6 * (6 * matrices / FP8_FLOPS + 2 * core / BF16_FLOPS)
 
 
+def say(what: str) -> None:
+    """What is under way: each takes from ten seconds to a minute."""
+    print(f"{what} ...", file=sys.stderr, flush=True)
+
+
 def peak_gib() -> float:
     """Of this process so far; 0 where the backend does not count."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2 ** 30
@@ -204,6 +210,7 @@ def profiled(lowered: jax.stages.Lowered, inputs: Inputs, directory: str) -> dic
 
 def measure_gradients(config: Config, ops: Ops, inputs: Inputs, repeats: int, directory: str) -> tuple[dict, Gradients]:
     """Times, memory and breakdown of forward and backward, and the last gradients."""
+    say("lowering and compiling forward and backward")
     lowered = jax.jit(make_gradients(config, ops)).lower(*inputs)
     start = time.perf_counter()
     step = lowered.compile()
@@ -214,10 +221,12 @@ def measure_gradients(config: Config, ops: Ops, inputs: Inputs, repeats: int, di
         kept.clear()  # before the next gradients are born: 9.4 GB
         kept.append(jax.block_until_ready(step(*inputs)))
 
+    say(f"compiled in {compile_seconds:.0f} s; {WARM_UP + repeats} steps")
     times = timed(run, repeats)
     figures = {"gradient_seconds": statistics.median(times), "fastest_seconds": times[0], "slowest_seconds": times[-1],
                "compile_seconds": compile_seconds, "gradient_peak_gib": peak_gib()}
     kept.clear()
+    say(f"{figures['gradient_seconds']:.3f} s a step; compiling without CUDA graphs for a profile")
     figures["breakdown_seconds"] = profiled(lowered, inputs, directory)
     run()
     return figures, kept[0]
@@ -282,6 +291,7 @@ def measure(config: Config, repeats: int, directory: str) -> dict:
     skew = load_skew(inputs.draws.reshape(-1, *inputs.draws.shape[2:]), config.model.moe.n_routed_experts)
     loss, n_micro = float(gradients.loss), len(inputs.draws)
     require(np.isfinite(loss), f"the loss is {loss}: no timing of wrong numbers")
+    say("the optimizer")
     times |= measure_update(config, inputs.params, gradients.grads, repeats)
     return {"remat": config.model.remat, "micro_batches": n_micro, "skew": skew, "loss": loss,
             "seconds": times, "compile_seconds": times["compile_seconds"],
@@ -292,6 +302,8 @@ def measure(config: Config, repeats: int, directory: str) -> dict:
 def main(overrides: Sequence[str]) -> None:
     config = slice_config(overrides)
     require(config.mesh.n_devices == 1, "`benchmark slice` is of one device; leave mesh.data at 1")
+    if flags.FLAGS.peers:
+        say("transformers' model, in a process of its own")
     peers = peers_torch.slice_figures(PEER_SEQUENCES) if flags.FLAGS.peers else None  # before our memory is taken
     with tempfile.TemporaryDirectory() as scratch:
         figures = measure(config, flags.FLAGS.steps, flags.FLAGS.profile or scratch)
