@@ -17,7 +17,7 @@ from dsv3.kernels.fp8_hopper import with_settings
 from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.grouped_dot import padded_rows
 from dsv3.kernels.grouped_dot_hopper import BLOCK
-from dsv3.kernels.permute import Plan, make_plan, permute, token_of_row, unpermute
+from dsv3.kernels.permute import Plan, make_plan, permute, unpermute
 from dsv3.kernels.scaled import Tiles, pack_tiles
 from experiments import benchmark_table
 from experiments.benchmark_clock import n_bytes
@@ -72,10 +72,10 @@ def backward_inputs(seed: int, m: int, f: int) -> tuple:
     return waiting(seed, m, f, E4M3), normal(seed + 2, m, f // 2), weight_M
 
 
-def permute_inputs(seed: int, n_tokens: int, width: int, n_experts: int, top_k: int) -> tuple[Tiles, jax.Array]:
-    """Tokens in tiles, and the token of every row of expert order, padding among them."""
+def permute_inputs(seed: int, n_tokens: int, width: int, n_experts: int, top_k: int) -> tuple[Tiles, Plan]:
+    """Tokens in tiles, and where they go."""
     plan, _ = plan_of(seed, n_tokens, n_experts, top_k)
-    return waiting(seed, n_tokens, width, E4M3), token_of_row(plan)
+    return waiting(seed, n_tokens, width, E4M3), plan
 
 
 def plan_of(seed: int, n_tokens: int, n_experts: int, top_k: int) -> tuple[Plan, int]:
@@ -122,7 +122,8 @@ FORMS = {
         "swiglu_quantize", lambda *a: (normal(*a),), lambda f, x: f(x, E4M3, E4M3)[1]),
     "swiglu backward": Form(
         "swiglu_backward_quantize", backward_inputs, lambda f, *a: f(*a, E4M3, E4M3, E4M3), exact=False),
-    "permute": Form("permute_tiles", permute_inputs, lambda f, *a: f(*a)),
+    "permute": Form("permute_tiles", permute_inputs, lambda f, *a: f(*a),
+                    read=lambda tiles, plan: (tiles, plan.pair_J)),
     "combine": Form("combine_rows", combine_inputs, lambda f, *a: f(*a), exact=False, read=chosen_rows),
     "combine without weights": Form(
         "combine_rows", lambda *a: combine_inputs(*a)[:2], lambda f, *a: f(*a, None), exact=False,
@@ -134,7 +135,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "rows": TOKENS, "columns": TOKENS, "both": (*TOKENS, (16_384, 2112), (16_200, 576)),
     "both, special numbers": ((384, 512),), "requantise": TOKENS, "requantise E5M6": TOKENS,
     "pack": ((16_384, 16_384),), "unpack": ((16_384, 16_384),), "norm alone": TOKENS,
-    "weights": ((8, 7168, 4096),), "norm": (*TOKENS, (16_384, 1536), (16_384, 512), (65_536, 1280)), "norm, both": TOKENS,
+    "weights": ((8, 7168, 4096),), "norm": (*TOKENS, (16_384, 1536), (16_384, 512), (65_536, 1280)),
+    "norm, both": TOKENS,
     "swiglu": (GATE_UP,), "swiglu, gate_up as kept": ((16_384, 4096),), "swiglu backward": (GATE_UP,),
     "permute": (ROUTED,), "combine": (ROUTED,), "combine without weights": (ROUTED,),
 }

@@ -13,10 +13,24 @@ class Plan(NamedTuple):
     """Where every (token, choice) pair sits among the J rows of expert order.
 
     `row_TK` is its row. `pair_J` is the inverse: the flat pair index t * K + k of a row, or T * K where it is padding.
+    `padding_P` are the rows of padding, of which there are J - T * K.
     """
 
     row_TK: jax.Array
     pair_J: jax.Array
+    padding_P: jax.Array
+
+
+def padding_rows(sizes_E: jax.Array, block: int, n_padding: int) -> jax.Array:
+    """Rows without a pair, in order: behind every expert's own rows to the end of its last block, and behind all."""
+    padding_E, ends_E = -sizes_E % block, block_starts(sizes_E, block) + sizes_E
+    before_E = jnp.cumsum(padding_E) - padding_E
+    total = jnp.sum(padding_E)
+    # Within an expert's padding the rows go up by one: what is to be added to the padding's own number is constant.
+    shift = jnp.append(ends_E - before_E, jnp.sum(sizes_E))
+    number_P = jnp.arange(n_padding, dtype=jnp.int32)
+    expert_P = jnp.searchsorted(jnp.append(before_E, total), number_P, side="right") - 1
+    return number_P + shift[expert_P]
 
 
 def make_plan(topk_TK: jax.Array, n_experts: int, block: int) -> tuple[Plan, jax.Array]:
@@ -36,7 +50,8 @@ def make_plan(topk_TK: jax.Array, n_experts: int, block: int) -> tuple[Plan, jax
     n_rows = padded_rows(n_pairs, n_experts, block)
     row_of_pair = jnp.zeros(n_pairs, jnp.int32).at[order].set(row_of_sorted, unique_indices=True)
     pair_J = jnp.full(n_rows, n_pairs, jnp.int32).at[row_of_sorted].set(order, unique_indices=True)
-    return Plan(row_of_pair.reshape(n_tokens, n_choices), pair_J), sizes_E
+    padding_P = padding_rows(sizes_E, block, n_rows - n_pairs)
+    return Plan(row_of_pair.reshape(n_tokens, n_choices), pair_J, padding_P), sizes_E
 
 
 def _gather_or_zero(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -53,10 +68,18 @@ def weight_of_row(weights_TK: jax.Array, plan: Plan) -> jax.Array:
     return _gather_or_zero(weights_TK.reshape(-1), plan.pair_J)
 
 
-def permute_tiles(tiles_TD: Tiles, token_J: jax.Array) -> Tiles:
-    """`permute` of quantised tokens with their scales: [J, D]. Rows of padding (token >= T) are 0, with scale 1."""
-    values = _gather_or_zero(tiles_TD.values, token_J)
-    return Tiles(values, tiles_TD.scales.at[:, token_J].get(mode="fill", fill_value=1))
+def permute_tiles(tiles_TD: Tiles, plan: Plan) -> Tiles:
+    """`permute` of quantised tokens with their scales: [J, D]. Rows of padding are 0, with scale 1.
+
+    There may be more rows than tokens of the plan.
+    """
+    values = _gather_or_zero(tiles_TD.values[:len(plan.row_TK)], token_of_row(plan))
+    return Tiles(values, permute_scales(tiles_TD.scales, plan))
+
+
+def permute_scales(scales: jax.Array, plan: Plan) -> jax.Array:
+    """[D / 128, J], of [D / 128, T or more]."""
+    return scales[:, :len(plan.row_TK)].at[:, token_of_row(plan)].get(mode="fill", fill_value=1)
 
 
 def combine_rows(rows_JD: jax.Array, row_TK: jax.Array, weights_TK: jax.Array | None) -> jax.Array:

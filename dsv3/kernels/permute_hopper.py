@@ -1,7 +1,7 @@
 """Moving rows to expert order and back on Hopper, at the speed of memory.
 
-Whole rows travel by the copy engine, which only needs to be told where each begins. Bytes moved: every row once in and
-once out to expert order; K rows in and one out for the sum that brings them back.
+Whole rows travel by the copy engine, which only needs to be told where each begins. Bytes moved: every token once in
+and K times out to expert order; K rows in and one out for the sum that brings them back.
 """
 
 import functools
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3.kernels.permute import Plan, permute_scales
 from dsv3.kernels.scaled import Tiles
 from dsv3.kernels.stream_hopper import Piece, Streaming, no_room, reuse, stream
 
-PERMUTE, COMBINE = Streaming(stages=3, blocks=2, split=4), Streaming(stages=3, blocks=4, split=1024)
-"""Best on an H100. `split` is, to expert order, the rows of one step; back, the elements of a row at most."""
+PERMUTE, COMBINE = Streaming(stages=4, blocks=2, split=2), Streaming(stages=3, blocks=4, split=1024)
+"""`split` is, to expert order, the tokens of one step; back, the elements of a row at most."""
 
 
 def piece_of_row(d: int, limit: int) -> tuple[int, int]:
@@ -30,7 +31,7 @@ def piece_of_row(d: int, limit: int) -> tuple[int, int]:
     return width, vector
 
 
-def no_room_to_permute(tiles_TD: Tiles, token_J: jax.Array, settings: Streaming) -> str | None:
+def no_room_to_permute(tiles_TD: Tiles, plan: Plan, settings: Streaming) -> str | None:
     """Why rows so wide do not fit into shared memory, or None."""
     _, d = tiles_TD.values.shape
     row = Piece((d,), tiles_TD.values.dtype)
@@ -45,42 +46,47 @@ def no_room_to_combine(
     return no_room(f"{n_choices} rows of a token", settings, [row] * n_choices, row)
 
 
-def permute_tiles(tiles_TD: Tiles, token_J: jax.Array, settings: Streaming = PERMUTE) -> Tiles:
-    """Row j of the result is row token_J[j] with its scales: [J, D]. Where the token is T or more: 0, with scale 1.
+def permute_tiles(tiles_TD: Tiles, plan: Plan, settings: Streaming = PERMUTE) -> Tiles:
+    """Every token's row with its scales goes to the rows of its choices: [J, D]. Rows of padding are 0, with scale 1.
 
-    J must be a multiple of `settings.split`.
+    Tokens are read in order, once each; the last steps write zeros. There may be more rows than tokens of the plan.
     """
     values_TD, scales = tiles_TD
-    (n_tokens, d), n_rows, at_once = values_TD.shape, len(token_J), settings.split
+    d, (n_tokens, n_choices), n_padding = values_TD.shape[1], plan.row_TK.shape, len(plan.padding_P)
+    at_once, of_tokens = settings.split, pl.cdiv(n_tokens, settings.split)
+    zeros_at_once = at_once * n_choices
     lane = plgpu.Layout.WG_STRIDED((d,), vec_size=next(size for size in (4, 2, 1) if d % (128 * size) == 0))
-
-    def source(i, j, token_ref, values_ref):
-        tokens = [jnp.minimum(token_ref[i * at_once + row], n_tokens - 1) for row in range(at_once)]
-        return [values_ref.at[token] for token in tokens]
+    tokens = lambda step: [jnp.minimum(step * at_once + one, n_tokens - 1) for one in range(at_once)]
 
     def work(step, pieces, staged, outputs):
-        first = step.i * at_once
-        reals = [step.inputs[0][first + row] < n_tokens for row in range(at_once)]
-        for row, (piece, real) in enumerate(zip(pieces, reals, strict=True)):
-            index = first + row
+        _, row_ref, padding_ref = step.inputs
+        write = lambda what, row: plgpu.copy_smem_to_gmem(what, outputs[0].at[row])
 
-            @pl.when(real)
-            def _(piece=piece, index=index):
-                plgpu.copy_smem_to_gmem(piece, outputs[0].at[index])
+        @pl.when(step.i < of_tokens)
+        def _():
+            rows = [[row_ref[token * n_choices + k] for k in range(n_choices)] for token in tokens(step.i)]
+            for one, piece in enumerate(pieces):
+                @pl.when(step.i * at_once + one < n_tokens)
+                def _(piece=piece, rows=rows[one]):
+                    for row in rows:
+                        write(piece, row)
 
-            @pl.when(jnp.logical_not(real))
-            def _(index=index):
-                reuse()
-                staged[0][...] = plgpu.layout_cast(jnp.zeros((d,), values_TD.dtype), lane)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(staged[0], outputs[0].at[index])
+        @pl.when(step.i >= of_tokens)
+        def _():
+            staged[0][...] = plgpu.layout_cast(jnp.zeros((d,), values_TD.dtype), lane)
+            plgpu.commit_smem()
+            for one in range(zeros_at_once if n_padding else 0):
+                number = (step.i - of_tokens) * zeros_at_once + one
+                pl.when(number < n_padding)(lambda number=number: write(staged[0], padding_ref[number]))
         reuse()  # the next rows come where these are
 
     values_JD, = stream(
-        work, (token_J, values_TD), [jax.ShapeDtypeStruct((n_rows, d), values_TD.dtype)],
-        tiles=(n_rows // at_once, 1), pieces=[Piece((d,), values_TD.dtype)] * at_once, source=source,
+        work, (values_TD, plan.row_TK.reshape(-1), plan.padding_P),
+        [jax.ShapeDtypeStruct((len(plan.pair_J), d), values_TD.dtype)],
+        tiles=(of_tokens + pl.cdiv(n_padding, zeros_at_once), 1), pieces=[Piece((d,), values_TD.dtype)] * at_once,
+        source=lambda i, j, values_ref, *_: [values_ref.at[token] for token in tokens(i)],
         staging=[Piece((d,), values_TD.dtype)], warpgroups=1, settings=settings)
-    return Tiles(values_JD, scales.at[:, token_J].get(mode="fill", fill_value=1))
+    return Tiles(values_JD, permute_scales(scales, plan))
 
 
 def combine_rows(

@@ -11,7 +11,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3.config import Operand
-from dsv3.kernels.permute import Plan, make_plan, permute, token_of_row, weight_of_row
+from dsv3.kernels.permute import Plan, make_plan, permute, weight_of_row
 from dsv3.kernels.quantized_dot import (
     Linear,
     Width,
@@ -117,13 +117,13 @@ def _travel(h_TD: jax.Array, plan: Plan, up: Linear) -> tuple[Tiles, Tiles | jax
     else:
         kept = tokens if up.rule.kept == up.rule.fprop_x else up.kernels.quantize_rows(h_TD, up.rule.kept)
         waiting = wait(kept, up.rule.kept, up.site)
-    return up.kernels.permute_tiles(tokens, token_of_row(plan)), waiting
+    return up.kernels.permute_tiles(tokens, plan), waiting
 
 
 def _rows_for_wgrad(waiting: Tiles | jax.Array, plan: Plan, up: Linear) -> Tiles:
     if up.rule.kept is None:
         return up.kernels.quantize_columns(permute(waiting, plan), up.rule.wgrad_x)
-    rows = up.kernels.permute_tiles(unpack_tiles(waiting, up.rule.kept), token_of_row(plan))
+    rows = up.kernels.permute_tiles(unpack_tiles(waiting, up.rule.kept), plan)
     return up.kernels.requantize_columns(rows, up.rule.wgrad_x)
 
 
@@ -132,7 +132,7 @@ def _moe_backward(ff, residuals, d_y_TD):
     kernels, dtype, d = ff.up.kernels, d_y_TD.dtype, d_y_TD.shape[1]
     with jax.named_scope("dispatch"):
         tokens = kernels.quantize_rows(d_y_TD, ff.down.rule.dgrad_dy)
-        d_y_rows = kernels.permute_tiles(tokens, token_of_row(plan))
+        d_y_rows = kernels.permute_tiles(tokens, plan)
         weight_J = weight_of_row(weights_TK, plan)
         rows_columns = _rows_for_wgrad(waiting, plan, ff.up)
     with jax.named_scope("experts"):

@@ -15,6 +15,7 @@ from dsv3.config.quant import RECIPES, change_all
 from dsv3.kernels.attention import ATTENTION
 from dsv3.kernels.fp8_hopper import FAST, hopper_kernels
 from dsv3.kernels.fp8_kernels import REFERENCE
+from dsv3.kernels.permute import make_plan
 from dsv3.kernels.quantized_dot import quantized_dot
 from dsv3.kernels.scaled import Tiles
 from dsv3.model.fp8_ops import fp8_ops
@@ -130,7 +131,8 @@ def test_what_no_kernel_can_do_is_said_and_done_by_the_reference(recipe, wanted)
 TOO_WIDE = {
     "norm_quantize": lambda kernels, x, gain: kernels.norm_quantize(x, gain, 1e-6, FPROP, None),
     "permute_tiles": lambda kernels, x, gain: kernels.permute_tiles(
-        Tiles(x.astype(jnp.float8_e4m3fn), gain.reshape(-1, 128, 128)[0]), jnp.zeros(256, jnp.int32)),
+        Tiles(x.astype(jnp.float8_e4m3fn), gain.reshape(-1, 128, 128)[0]),
+        make_plan(jnp.zeros((128, 1), jnp.int32), 1, 128)[0]),
     "combine_rows": lambda kernels, x, gain: kernels.combine_rows(x[:, :1024], jnp.zeros((8, 64), jnp.int32), None),
 }
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hopper_kernels import interpreted
 
+from dsv3.kernels.permute import make_plan
 from dsv3.kernels.permute_hopper import combine_rows, permute_tiles, piece_of_row
 from dsv3.kernels.scaled import Tiles
 from dsv3.kernels.stream_hopper import Streaming
@@ -12,17 +13,25 @@ from dsv3.kernels.stream_hopper import Streaming
 TOKENS, WIDTH, CHOICES = 24, 512, 3
 
 
-@pytest.mark.parametrize("streaming", [Streaming(1, 1, 4, 2), Streaming(3, 2, 2, 2), Streaming(2, 1, 8, 1)])
-def test_rows_of_padding_are_zero_with_scale_one(streaming):
+def plan_of(n_tokens, n_experts, block):
+    """Random choices, of which experts may get none, and as many as `CHOICES` of one token may be the same."""
+    topk_TK = np.random.default_rng(2).integers(0, n_experts, (n_tokens, CHOICES))
+    return make_plan(jnp.asarray(topk_TK, jnp.int32), n_experts, block)[0]
+
+
+@pytest.mark.parametrize("n_tokens, n_experts, block, streaming", [
+    (TOKENS, 5, 8, Streaming(1, 1, 4, 2)), (TOKENS - 1, 40, 4, Streaming(3, 2, 2, 2)),
+    (TOKENS, 5, 8, Streaming(2, 1, 8, 1)), (TOKENS - 1, 3, 16, Streaming(2, 3, 1, 1)),
+    (TOKENS, 2, 1, Streaming(2, 1, 4, 2))])
+def test_tokens_go_to_the_rows_of_their_choices_and_padding_is_zero(n_tokens, n_experts, block, streaming):
+    """Numbers of tokens that steps do not divide, more experts than pairs, no padding; quantised rows beyond them."""
     rng = np.random.default_rng(0)
-    values = jnp.asarray(rng.standard_normal((TOKENS, WIDTH)), jnp.float8_e4m3fn)
-    scales = jnp.asarray(rng.random((WIDTH // 128, TOKENS)), jnp.float32)
-    token_J = rng.integers(0, TOKENS, 64)
-    token_J[[0, 5, 6, 7, 40, 63]] = [TOKENS, TOKENS, TOKENS + 1, 2 ** 31 - 1, TOKENS, TOKENS]
-    actual = interpreted(
-        lambda v, s, t: permute_tiles(Tiles(v, s), t, streaming), values, scales, jnp.asarray(token_J, jnp.int32))
-    real_J = token_J < TOKENS
-    token_J = np.where(real_J, token_J, 0)
+    values = jnp.asarray(rng.standard_normal((n_tokens + 8, WIDTH)), jnp.float8_e4m3fn)
+    scales = jnp.asarray(rng.random((WIDTH // 128, n_tokens + 8)), jnp.float32)
+    plan = plan_of(n_tokens, n_experts, block)
+    actual = interpreted(lambda v, s, plan: permute_tiles(Tiles(v, s), plan, streaming), values, scales, plan)
+    pair_J = np.asarray(plan.pair_J)
+    real_J, token_J = pair_J < n_tokens * CHOICES, np.minimum(pair_J // CHOICES, n_tokens - 1)
     expected = np.where(real_J[:, None], np.asarray(values)[token_J].view(np.uint8), 0)
     np.testing.assert_array_equal(np.asarray(actual.values).view(np.uint8), expected)
     np.testing.assert_array_equal(actual.scales, np.where(real_J, np.asarray(scales)[:, token_J], 1))
@@ -48,15 +57,14 @@ def test_rows_are_summed_in_float32_in_the_order_of_the_choices(streaming, weigh
 
 
 def test_a_nan_moves_with_its_token_only():
-    """The last token is what rows of padding load, too."""
+    """The last token is what steps beyond the tokens load, too."""
     rng = np.random.default_rng(0)
     values = jnp.asarray(rng.standard_normal((TOKENS, WIDTH)), jnp.float8_e4m3fn).at[[5, TOKENS - 1], 3].set(jnp.nan)
     scales = jnp.ones((WIDTH // 128, TOKENS)).at[1, 5].set(jnp.nan)
-    token_J = rng.integers(0, TOKENS, 32)
-    token_J[[0, 7, 8]] = 5, TOKENS, TOKENS - 1
+    plan = plan_of(TOKENS, 5, 8)
     moved = interpreted(
-        lambda v, s, t: permute_tiles(Tiles(v, s), t, Streaming(2, 1, 4, 2)), values, scales,
-        jnp.asarray(token_J, jnp.int32))
+        lambda v, s, plan: permute_tiles(Tiles(v, s), plan, Streaming(2, 1, 4, 2)), values, scales, plan)
+    token_J = np.asarray(plan.pair_J) // CHOICES
     spoiled_J = (token_J == 5) | (token_J == TOKENS - 1)
     expected = spoiled_J[:, None] & (np.arange(WIDTH) == 3)
     np.testing.assert_array_equal(np.isnan(np.asarray(moved.values, np.float32)), expected)

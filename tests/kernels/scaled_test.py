@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dsv3.config import Operand
 from dsv3.kernels import quantize, scaled
 from dsv3.kernels.norm import rms_norm
-from dsv3.kernels.permute import make_plan, permute, permute_tiles, token_of_row
+from dsv3.kernels.permute import make_plan, permute, permute_tiles
 from dsv3.kernels.swiglu import swiglu
 from dsv3.kernels.swiglu_quantize import swiglu_backward_quantize, swiglu_quantize
 from dsv3.quant import tiles as exact
@@ -151,7 +151,7 @@ def test_quantised_tokens_travel_as_their_numbers_do():
     x = jnp.asarray(random((37, 200)))
     topk = jax.lax.top_k(jax.random.uniform(jax.random.key(0), (37, 5)), 2)[1]
     plan, _ = make_plan(topk, 5, 128)
-    first = permute_tiles(quantize.quantize_rows(x, INNER), token_of_row(plan))
+    first = permute_tiles(quantize.quantize_rows(x, INNER), plan)
     then = quantize.quantize_rows(permute(x, plan), INNER)
     for a, b in zip(first, then, strict=True):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
