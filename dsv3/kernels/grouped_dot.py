@@ -24,7 +24,7 @@ def block_starts(sizes_E: jax.Array, block: int) -> jax.Array:
 def block_experts(sizes_E: jax.Array, n_blocks: int, block: int) -> jax.Array:
     """The expert of every block, [n_blocks]; blocks after the last expert's have the number E, of none."""
     ends = jnp.cumsum((sizes_E + block - 1) // block)
-    return jnp.searchsorted(ends, jnp.arange(n_blocks), side="right").astype(jnp.int32)
+    return jnp.searchsorted(ends, jnp.arange(n_blocks), side="right", method="compare_all").astype(jnp.int32)
 
 
 def of_experts(w: jax.Array, expert_Z: jax.Array) -> jax.Array:

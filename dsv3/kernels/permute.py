@@ -29,7 +29,7 @@ def padding_rows(sizes_E: jax.Array, block: int, n_padding: int) -> jax.Array:
     # Within an expert's padding the rows go up by one: what is to be added to the padding's own number is constant.
     shift = jnp.append(ends_E - before_E, jnp.sum(sizes_E))
     number_P = jnp.arange(n_padding, dtype=jnp.int32)
-    expert_P = jnp.searchsorted(jnp.append(before_E, total), number_P, side="right") - 1
+    expert_P = jnp.searchsorted(jnp.append(before_E, total), number_P, side="right", method="compare_all") - 1
     return number_P + shift[expert_P]
 
 

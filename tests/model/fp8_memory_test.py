@@ -71,6 +71,7 @@ def predicted(fp8):
     scaled = lambda n, width, element: n * width * element + n * width // 128 * 4
     inputs = 2 * TOKENS * (DIM + DIM + Q + KV + ROPE)  # of the block, of its second half, and of the latents' norms
     routing = TOKENS * (4 * E + 2 * 4 * K) + 4 * ROWS  # scores, routes, rows of tokens, tokens of rows
+    routing += 4 * (ROWS - TOKENS * K)  # rows of padding
     counts = 4 * (E + B * E)  # sizes of groups, choices of each sequence
     if fp8:
         return inputs + routing + counts + (
