@@ -49,12 +49,13 @@ def no_room_to_combine(
 def permute_tiles(tiles_TD: Tiles, plan: Plan, settings: Streaming = PERMUTE) -> Tiles:
     """Every token's row with its scales goes to the rows of its choices: [J, D]. Rows of padding are 0, with scale 1.
 
-    Tokens are read in order, once each; the last steps write zeros. There may be more rows than tokens of the plan.
+    Tokens are read in order, once each; the last steps write zeros, and load the last token again for nothing. There
+    may be more rows than tokens of the plan.
     """
     values_TD, scales = tiles_TD
     d, (n_tokens, n_choices), n_padding = values_TD.shape[1], plan.row_TK.shape, len(plan.padding_P)
     at_once, of_tokens = settings.split, pl.cdiv(n_tokens, settings.split)
-    zeros_at_once = at_once * n_choices
+    zeros_at_once, row_of_pair = at_once * n_choices, plan.row_TK.reshape(-1)
     lane = plgpu.Layout.WG_STRIDED((d,), vec_size=next(size for size in (4, 2, 1) if d % (128 * size) == 0))
     tokens = lambda step: [jnp.minimum(step * at_once + one, n_tokens - 1) for one in range(at_once)]
 
@@ -81,7 +82,7 @@ def permute_tiles(tiles_TD: Tiles, plan: Plan, settings: Streaming = PERMUTE) ->
         reuse()  # the next rows come where these are
 
     values_JD, = stream(
-        work, (values_TD, plan.row_TK.reshape(-1), plan.padding_P),
+        work, (values_TD, row_of_pair, plan.padding_P if n_padding else row_of_pair),  # no argument without elements
         [jax.ShapeDtypeStruct((len(plan.pair_J), d), values_TD.dtype)],
         tiles=(of_tokens + pl.cdiv(n_padding, zeros_at_once), 1), pieces=[Piece((d,), values_TD.dtype)] * at_once,
         source=lambda i, j, values_ref, *_: [values_ref.at[token] for token in tokens(i)],

@@ -20,9 +20,9 @@ def plan_of(n_tokens, n_experts, block):
 
 
 @pytest.mark.parametrize("n_tokens, n_experts, block, streaming", [
-    (TOKENS, 5, 8, Streaming(1, 1, 4, 2)), (TOKENS - 1, 40, 4, Streaming(3, 2, 2, 2)),
+    (TOKENS, 5, 8, Streaming(1, 1, 4, 2)), (TOKENS - 1, 80, 4, Streaming(3, 2, 2, 2)),
     (TOKENS, 5, 8, Streaming(2, 1, 8, 1)), (TOKENS - 1, 3, 16, Streaming(2, 3, 1, 1)),
-    (TOKENS, 2, 1, Streaming(2, 1, 4, 2))])
+    (TOKENS, 2, 1, Streaming(2, 1, 4, 2)), (1, 5, 8, Streaming(2, 2, 4, 2)), (TOKENS, 1, 16, Streaming(2, 2, 2, 2))])
 def test_tokens_go_to_the_rows_of_their_choices_and_padding_is_zero(n_tokens, n_experts, block, streaming):
     """Numbers of tokens that steps do not divide, more experts than pairs, no padding; quantised rows beyond them."""
     rng = np.random.default_rng(0)
