@@ -9,12 +9,17 @@ import pytest
 from dsv3.data.prefetch import prefetch
 
 
-def fall_to(n_threads):
-    """Whether no more threads are left within five seconds."""
+def started_since(before):
+    """The living threads that are not in `before`: a count would also notice threads of earlier tests that end."""
+    return set(threading.enumerate()) - before
+
+
+def end_soon(before):
+    """Whether every thread that is not in `before` ends within five seconds."""
     deadline = time.monotonic() + 5
-    while threading.active_count() > n_threads and time.monotonic() < deadline:
+    while started_since(before) and time.monotonic() < deadline:
         time.sleep(0.001)
-    return threading.active_count() <= n_threads
+    return not started_since(before)
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 50])
@@ -46,23 +51,23 @@ def test_work_overlaps():
 
 
 def test_an_error_takes_the_place_of_its_result_and_ends_the_threads():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     results = prefetch(lambda item: 1 // (2 - item), itertools.count(), threads=2, ahead=4)
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(results)
-    assert fall_to(before)
+    assert end_soon(before)
 
 
 @pytest.mark.parametrize("end", ["exhausted", "closed", "dropped"])
 def test_threads_end_with_the_iterator(end):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     results = prefetch(lambda item: item, range(100), threads=3, ahead=10)
     next(results)
-    assert threading.active_count() > before
+    assert started_since(before)
     if end == "exhausted":
         list(results)
     elif end == "closed":
         results.close()
     del results
-    assert fall_to(before)
+    assert end_soon(before)
