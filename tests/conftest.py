@@ -2,6 +2,8 @@
 
 import gc
 import os
+import signal
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,3 +22,9 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Traced programs are many small objects that stay: to look for garbage after every 700 takes a tenth of the time.
 gc.set_threshold(50_000)
+
+if sys.version_info < (3, 12, 2):
+    # `signal.signal` formats a handler that is no number, and asyncio's holds the result of its task: after every
+    # restoration all arrays were printed for nobody (CPython gh-112559).
+    to_enum = signal._int_to_enum
+    signal._int_to_enum = lambda value, names: to_enum(value, names) if isinstance(value, int) else value

@@ -64,6 +64,8 @@ def _on_host(array: np.ndarray, release: Callable[[], None] = lambda: None) -> n
     assert array.dtype.itemsize <= 4, f"{array.dtype} has more than 32 bits"
     words = array.reshape(-1).view(f"uint{8 * array.dtype.itemsize}")
     sums, span = np.zeros(2, np.uint32), 256 * PIECE
+    if words.size <= PIECE:
+        return _piece(words, 0)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, words.size, span):
             starts = range(first, min(first + span, words.size), PIECE)
@@ -87,10 +89,17 @@ def leaf_names(tree: chex.ArrayTree) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
 
 
+def _in_host_memory(leaf: chex.Array) -> bool:
+    """Whether NumPy can read it where it is: nothing has to be compiled for it then."""
+    if not isinstance(leaf, jax.Array):
+        return True
+    return len(leaf.sharding.device_set) == 1 and next(iter(leaf.devices())).platform == "cpu"
+
+
 def fingerprints(tree: chex.ArrayTree) -> dict[str, str]:
-    """Path of every leaf -> its fingerprint, 16 hexadecimal digits. NumPy leaves are not sent to the device."""
+    """Path of every leaf -> its fingerprint, 16 hexadecimal digits, computed where the leaf is."""
     leaves = dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
-    host = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, (np.ndarray, np.generic))}
+    host = {name: np.asarray(leaf) for name, leaf in leaves.items() if _in_host_memory(leaf)}
     device = _on_device({name: leaf for name, leaf in leaves.items() if name not in host})  # while the host computes
     halves = {name: _on_host(leaf) for name, leaf in host.items()} | jax.device_get(device)
     return {name: _text(halves[name]) for name in leaves}

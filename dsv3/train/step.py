@@ -79,12 +79,17 @@ class Recipe(NamedTuple):
         return TrainState(zero, params, variables.get("routing", {}), adamw(self.optimizer).init(nn.unbox(params)),
                           BadSteps(zero, zero))
 
+    @lru_cache(maxsize=8)
+    def boxed_state(self) -> TrainState:
+        """Shapes and dtypes of `initial_state`, whose tracing takes as long as that of a step."""
+        return jax.eval_shape(self.initial_state)
+
     def specs(self) -> TrainState:
         """Where everything lives: a `PartitionSpec` for every array of the state.
 
         Parameters by the rules table; both moments like their parameter and divided over `data` besides (ZeRO-1).
         """
-        boxed = jax.eval_shape(self.initial_state)
+        boxed = self.boxed_state()
         params = meshes.parameter_specs(boxed.params)
         zero = self.zero_specs(params, nn.unbox(boxed.params))
         structure = jax.tree.structure(zero, is_leaf=_is_spec)
@@ -109,9 +114,8 @@ def make_recipe(model: Transformer, train: TrainConfig, segment_mask: bool, mesh
 
 def abstract_state(recipe: Recipe) -> TrainState:
     """Shapes, dtypes and shardings of the state, without computing anything."""
-    shapes = jax.eval_shape(lambda: nn.unbox(recipe.initial_state()))
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                        shapes, meshes.shardings(recipe.mesh, recipe.specs()))
+                        nn.unbox(recipe.boxed_state()), meshes.shardings(recipe.mesh, recipe.specs()))
 
 
 @lru_cache(maxsize=4)

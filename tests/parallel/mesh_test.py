@@ -27,7 +27,7 @@ from dsv3.parallel.mesh import BATCH, RULES, make_mesh, place_global, shardings,
 from dsv3.parallel.ops import make_ops
 from dsv3.train.step import Knobs, abstract_state, make_gradients, make_init, make_train_step
 
-CONFIG = model_config(n_layers=2, n_dense_layers=1, dim=24, inter_dim=40)
+CONFIG = model_config(n_layers=1, n_dense_layers=0)  # one MoE layer and one MTP module
 TRAIN = train_config()
 KNOBS = Knobs(*map(np.float32, (1e-2, 0.01, 0.3, 1e-2)))
 
