@@ -179,7 +179,9 @@ def test_a_loader_that_is_held_or_dropped_lets_the_interpreter_exit():
         dropped, held = (train_loader(prepared((8,)), config(1.0), 2) for _ in range(2))
         next(dropped), next(held)
         del dropped
-        time.sleep(0.5)
+        deadline = time.monotonic() + 10
+        while threading.active_count() > before + 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
         print(threading.active_count() - before)
     """)
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
