@@ -64,8 +64,10 @@ def _on_host(array: np.ndarray, release: Callable[[], None] = lambda: None) -> n
     assert array.dtype.itemsize <= 4, f"{array.dtype} has more than 32 bits"
     words = array.reshape(-1).view(f"uint{8 * array.dtype.itemsize}")
     sums, span = np.zeros(2, np.uint32), 256 * PIECE
-    if words.size <= PIECE:
-        return _piece(words, 0)
+    if words.size <= PIECE:  # needs no threads
+        sums = _piece(words, 0)
+        release()
+        return sums
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, words.size, span):
             starts = range(first, min(first + span, words.size), PIECE)
@@ -91,9 +93,7 @@ def leaf_names(tree: chex.ArrayTree) -> list[str]:
 
 def _in_host_memory(leaf: chex.Array) -> bool:
     """Whether NumPy can read it where it is: nothing has to be compiled for it then."""
-    if not isinstance(leaf, jax.Array):
-        return True
-    return len(leaf.sharding.device_set) == 1 and next(iter(leaf.devices())).platform == "cpu"
+    return not isinstance(leaf, jax.Array) or [device.platform for device in leaf.devices()] == ["cpu"]
 
 
 def fingerprints(tree: chex.ArrayTree) -> dict[str, str]:

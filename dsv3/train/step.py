@@ -81,7 +81,7 @@ class Recipe(NamedTuple):
 
     @lru_cache(maxsize=8)
     def boxed_state(self) -> TrainState:
-        """Shapes and dtypes of `initial_state`, whose tracing takes as long as that of a step."""
+        """Shapes and dtypes of `initial_state`, traced once for all that ask."""
         return jax.eval_shape(self.initial_state)
 
     def specs(self) -> TrainState:

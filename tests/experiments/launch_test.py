@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from small_runs import ONE_LAYER, small_overrides, write_corpus
+from small_runs import small_overrides, write_corpus
 
 from dsv3.config import UserError
 from experiments.launch import MISTAKE, load_config
@@ -24,8 +24,9 @@ def flags(overrides):
 def test_train_continue_and_generate(tmp_path, monkeypatch):
     """The README's three commands in miniature, compiled as users' machines compile them."""
     monkeypatch.delenv("XLA_FLAGS")
+    one_layer = {"model.n_layers": "1", "model.n_dense_layers": "0"}  # and an MTP module
     arguments = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}",
-                 *flags(small_overrides(write_corpus(tmp_path / "text"), **ONE_LAYER))]
+                 *flags(small_overrides(write_corpus(tmp_path / "text"), **one_layer))]
     first = run("pretrain", *arguments)
     assert first.returncode == 0, first.stderr
     assert "bits per byte" in first.stdout and "bigram" in first.stdout and "xz" in first.stdout

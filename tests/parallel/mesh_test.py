@@ -159,7 +159,8 @@ def test_zero_takes_the_longest_divisible_axis_that_is_free(spec, shape, axis):
 def test_every_parameter_names_axes_that_the_table_knows():
     """Flax replicates an axis without a rule and says nothing, so a new name must be entered there."""
     known = {name for name, _ in RULES}
-    boxed = jax.eval_shape(transformer(CONFIG).init, jax.random.key(0), random_batch(CONFIG))["params"]
+    config = model_config()  # with layers of every kind
+    boxed = jax.eval_shape(transformer(config).init, jax.random.key(0), random_batch(config))["params"]
     boxes = jax.tree.leaves(boxed, is_leaf=lambda leaf: hasattr(leaf, "names"))
     assert boxes and all(hasattr(box, "names") and len(box.names) == box.value.ndim for box in boxes)
     assert {name for box in boxes for name in box.names} <= known

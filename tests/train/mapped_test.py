@@ -81,14 +81,18 @@ def test_another_shape_or_a_missing_array_is_an_error(stored):
         mapped.read(directory, shapes, {"params": abstract({"z": np.zeros(3)}, mesh_of(1), {"z": P()})})
 
 
+@pytest.mark.parametrize("piece", [16, 1 << 17])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
-def test_fingerprints_of_files_are_those_of_arrays(tmp_path, monkeypatch, dtype):
-    """In many pieces and releases."""
-    monkeypatch.setattr(fingerprint, "PIECE", 16)
+def test_fingerprints_of_files_are_those_of_arrays(tmp_path, monkeypatch, dtype, piece):
+    """In many pieces and releases, or in one of each."""
+    monkeypatch.setattr(fingerprint, "PIECE", piece)
+    released = []
+    monkeypatch.setattr(mapped, "release", lambda array: released.append(array))
     values = np.random.default_rng(0).standard_normal((3, 5000)).astype(dtype)
     target = mapped.create(tmp_path, "params/a", str(values.dtype), values.shape)
     target[...] = values
     assert mapped.fingerprint(target) == fingerprint.fingerprints({"a": jnp.asarray(values)})["a"]
+    assert len(released) == -(-values.size // (256 * piece))
 
 
 def test_damage_is_named(stored):
