@@ -151,7 +151,7 @@ def family_cases(family: str, products: Products) -> list[Case]:
     return [
         case("rows times blocks", family,
              lambda seed: (tiles(family, ab(seed)[0], M, K), blocks(family, ab(seed)[1], N, K)),
-             lambda a, b: products.dot(a, b, jnp.bfloat16), bfloat16(modelled)),
+             lambda a, b: products.dot(a, b, (len(a.values), len(b.values)), jnp.bfloat16), bfloat16(modelled)),
         case("rows times experts", family,
              lambda seed: (tiles(family, ab(seed)[0], rows, K), blocks(family, ab(seed)[1], e, N, K), expert_Z),
              lambda a, b, z: products.grouped_dot(a, b, jnp.tile(z, REPEATS[0]), jnp.bfloat16),

@@ -52,22 +52,31 @@ def decode(operand: Tiles | Blocks) -> jax.Array:
     """float32."""
     if isinstance(operand, Tiles):
         return decode_tiles(operand)
-    return decode_blocks(operand._replace(scales=operand.scales[..., :operand.values.shape[-1] // TILE]))
+    *_, n, k = operand.values.shape
+    rows = [(0, 0)] * (operand.values.ndim - 2) + [(0, whole(n) - n), (0, 0)]
+    return decode_blocks(Blocks(jnp.pad(operand.values, rows), operand.scales[..., :k // TILE]))[..., :n, :]
+
+
+def without_padding(operand: Tiles | Blocks, rows: int) -> Tiles | Blocks:
+    """The first `rows`: what cuBLASLt needs no more than."""
+    scales = operand.scales[:, :rows] if isinstance(operand, Tiles) else operand.scales
+    return type(operand)(operand.values[:rows], scales)
 
 
 def cublas_contestant(second: Callable, prepare: Callable = lambda a, b: (a, b)) -> Contestant:
     """Of what `prepare` makes a [m, k] and b [n, k]; `second` is how b is quantised."""
     def quantised(*inputs):
         a, b = prepare(*inputs)
-        return to_tiles(a), whole_fours(second(b)) if second is to_blocks else second(b)
+        quantised_b = whole_fours(to_blocks(b)) if second is to_blocks else second(b)
+        return without_padding(to_tiles(a), len(a)), without_padding(quantised_b, len(b))
 
     return Contestant(
         peers_torch.scaled_dot, lambda a, b: decode(a) @ decode(b).T, quantised, library="torch")
 
 
-def decoded_dot(a: Tiles, b: Tiles | Blocks, out_dtype: jnp.dtype) -> jax.Array:
+def decoded_dot(a: Tiles, b: Tiles | Blocks, shape: tuple[int, int], out_dtype: jnp.dtype) -> jax.Array:
     """What stock XLA can do: decode both to bfloat16, one product."""
-    a, b = (decode(operand).astype(jnp.bfloat16) for operand in (a, b))
+    a, b = (decode(operand)[:rows].astype(jnp.bfloat16) for operand, rows in zip((a, b), shape, strict=True))
     return jnp.dot(a, b.T, preferred_element_type=out_dtype)
 
 
@@ -83,10 +92,10 @@ def on_this_device(product: Callable) -> Callable:
 
 SCALED: dict[str, Callable] = {"Hopper": on_this_device(scaled_products_hopper.scaled_dot),
                                "decoded by XLA": decoded_dot}
-"""`scaled_dot(a: Tiles [M, K], b: Blocks [N, K], out_dtype)`; the fastest first: it is what ratios compare with."""
+"""`scaled_dot(a: Tiles [M, K], b: Blocks [N, K], (m, n), out_dtype)`; the fastest first: it is what ratios compare with."""
 SCALED_WEIGHTS: dict[str, Callable] = {
     "Hopper": on_this_device(scaled_products_hopper.scaled_weight_gradient),
-    "decoded by XLA": lambda a, b: decoded_dot(a, b, jnp.float32)}
+    "decoded by XLA": lambda a, b: decoded_dot(a, b, (len(a.values), len(b.values)), jnp.float32)}
 """`scaled_weight_gradient(a: Tiles [D, T], b: Tiles [F, T])`, likewise."""
 
 
@@ -95,15 +104,15 @@ def cublas_forward(rows: Callable[..., tuple[jax.Array, jax.Array]]) -> dict[str
     return {"cuBLASLt, forward of that shape": cublas_contestant(to_blocks, rows)}
 
 
-def contestants(by_weights: bool) -> dict[str, Contestant]:
+def contestants(m: int, n: int, by_weights: bool) -> dict[str, Contestant]:
     """Everybody, for one pass; by weights they are given a [D, T], b [F, T] and, for the forward product, w [F, D]."""
     out_dtype = jnp.float32 if by_weights else jnp.bfloat16
     second = to_tiles if by_weights else to_blocks
     operands = lambda a, b, *w: (a, b)
     prepare = lambda a, b, *w: (to_tiles(a), second(b))
-    expected = lambda a, b: decode(a) @ decode(b).T
+    expected = lambda a, b: (decode(a) @ decode(b).T)[:m, :n]
     forms = SCALED_WEIGHTS if by_weights else {
-        name: lambda a, b, f=f: f(a, b, out_dtype) for name, f in SCALED.items()}
+        name: lambda a, b, f=f: f(a, b, (m, n), out_dtype) for name, f in SCALED.items()}
     rows = {name: Contestant(form, expected, prepare) for name, form in forms.items()}
     rows["bfloat16 by XLA"] = Contestant(
         lambda a, b: plain_dot(a, b, out_dtype), lambda a, b: a.astype(jnp.float32) @ b.astype(jnp.float32).T,
@@ -118,7 +127,7 @@ def case(group: str, m: int, n: int, k: int, *, by_weights: bool) -> Case:
     scales = 4 * (whole(k) // TILE) * (m + (n if by_weights else whole(n) // TILE))
     shapes = ((m, k), (n, k), (n, m))[:3 if by_weights else 2]
     inputs = lambda seed: tuple(normal(3 * seed + index, *shape) for index, shape in enumerate(shapes))
-    return Case(group, f"{m} x {n} x {k}", inputs, contestants(by_weights), 2 * m * n * k,
+    return Case(group, f"{m} x {n} x {k}", inputs, contestants(m, n, by_weights), 2 * m * n * k,
                 m * k + n * k + scales + out_bytes * m * n, FP8_FLOPS)
 
 

@@ -17,8 +17,8 @@ from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.grouped_dot import block_experts, of_experts, padded_rows
 from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles, whole
 from dsv3.kernels.scaled_dot_hopper import MULTIPROCESSORS
-from dsv3.kernels.scaled_products_hopper import DECODING, HALVES, NARROW, cost, default_tuning
-from dsv3.kernels.scaled_warpgroups_hopper import DEPTH, ROWS, Tuning
+from dsv3.kernels.scaled_products_hopper import HALVES, NARROW, WHOLE, cost, default_tuning
+from dsv3.kernels.scaled_warpgroups_hopper import DEPTH, HALF, ROWS, Tuning
 from dsv3.kernels.stream_hopper import Streaming
 from experiments import benchmark_attention
 from experiments.benchmark_attention import SCALE
@@ -52,13 +52,14 @@ def product_candidates(m: int, n: int, default: Tuning, out_bytes: int, *, colum
                        pairs: str = "ab") -> list[Tuning]:
     """The default first; then widths by their cost, the usual two with other bands and pairs; all that fit.
 
-    For few rows, of a forward product, the narrow tiles, and the narrowest of half their height that run all at once.
+    For few rows, of a forward product, whole tiles, and those of half their height of which all run at once, or the
+    widest.
 
     `pairs`: operands that neighbours may share, where there are many rows.
     """
     if m <= ROWS:
-        at_once = [tuning for tuning in HALVES if 2 * -(-n // tuning.width) <= MULTIPROCESSORS]
-        found = [default, *DECODING, *(tuning._replace(pair=pair) for tuning in at_once[:NEAR] for pair in (None, "b"))]
+        at_once = [tuning for tuning in HALVES if -(-m // HALF) * -(-n // tuning.width) <= MULTIPROCESSORS]
+        found = [default, *(at_once[:2 * NEAR] or HALVES[-NEAR:]), *WHOLE]
     else:
         usable = sorted((w for w in WIDTHS if w % 32 == 0 or not column_scales), key=partial(cost, m, n))
         near = usable[:NEAR if m <= 4096 else NEAR // 2]
@@ -154,23 +155,23 @@ def both_ways(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 PRODUCTS = (
     Tunable(
-        "scaled_dot", tuple((m, *pair) for m in (4096, 8192, 16_384, 128) for pair in both_ways(SHAPES)),
+        "scaled_dot", tuple((m, *pair) for m in (4096, 8192, 16_384, 128, 64) for pair in both_ways(SHAPES)),
         lambda shape: product_candidates(shape[0], shape[1], default_tuning(*shape[:2]), 2), dense_dot,
-        lambda shape, seed: (random_tiles(2 * seed, shape[0], shape[2]), random_blocks(2 * seed + 1, *shape[1:])),
-        lambda a, b: decode_tiles(a) @ decode_blocks(b).T),
+        lambda shape, seed: (random_tiles(2 * seed, whole(shape[0]), shape[2]), random_blocks(2 * seed + 1, *shape[1:])),
+        lambda shape, a, b: decode_tiles(a)[:shape[0]] @ decode_blocks(b).T),
     Tunable(
         "scaled_grouped_dot", tuple((*experts, *pair) for experts in EXPERTS for pair in both_ways(MATRICES)),
         lambda shape: product_candidates(
             grouped_rows(*shape[:2]), shape[2], default_tuning(grouped_rows(*shape[:2]), shape[2]), 2, pairs="a"),
-        grouped_dot, grouped_inputs, grouped_expected),
+        grouped_dot, grouped_inputs, lambda shape, *inputs: grouped_expected(*inputs)),
     Tunable(
         "scaled_weight_gradient", tuple((whole(k), whole(n)) for n, k in SHAPES),
         lambda shape: gradient_candidates(1, *shape), dense_gradient, gradient_inputs,
-        lambda a, b: decode_tiles(a) @ decode_tiles(b).T),
+        lambda shape, a, b: decode_tiles(a) @ decode_tiles(b).T),
     Tunable(
         "scaled_grouped_weight_gradient", tuple((e, k, n) for e in (8, 32) for n, k in MATRICES),
         lambda shape: gradient_candidates(*shape), grouped_gradient, grouped_gradient_inputs,
-        grouped_gradient_expected),
+        lambda shape, *inputs: grouped_gradient_expected(*inputs)),
 )
 
 ONE_FORM = ((1, 2, 1), (1, 3, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (3, 2, 2), (1, 2, 2), (4, 1, 2), (2, 1, 2))
@@ -186,8 +187,8 @@ STREAMS = {
     "norm alone": (((7168,), (1536,), (512,)), TOKENS[1][:1], ((2, 2, 1), (2, 1, 1), (3, 2, 1), (2, 3, 1))),
     "weights": (SQUARE, (8, 7168, 4096), ((1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 1, 2))),
     "norm": (((7168,), (1536,), (1280,), (512,)), TOKENS[1][:1], (
-        (2, 1, 4), (4, 1, 2), (2, 2, 1), (1, 3, 1), (2, 2, 2), (1, 4, 1), (2, 3, 2), (3, 4, 2), (2, 2, 4), (2, 4, 4),
-        (3, 4, 1), (2, 8, 1))),
+        (2, 1, 4), (2, 2, 1), (2, 2, 2), (1, 4, 1), (2, 3, 2), (3, 4, 2), (2, 2, 4), (2, 4, 4), (3, 4, 1), (2, 8, 1),
+        (3, 8, 1), (2, 12, 1), (2, 16, 1), (2, 6, 2))),
     "swiglu": (SQUARE, GATE_UP, ((1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2))),
     "swiglu backward": (SQUARE, GATE_UP, ((2, 1, 4), (1, 1, 4), (2, 1, 2))),
     "permute": (((7168,),), ROUTED, (
@@ -216,7 +217,7 @@ def stream(name: str) -> Tunable:
         found += [streaming._replace(behind=1) for streaming in found if streaming.stages > 2]
     candidates = list(dict.fromkeys(found))
     return Tunable(form.function, entries, lambda entry: candidates, make, inputs,
-                   partial(form.call, getattr(REFERENCE, form.function)))
+                   lambda entry, *arrays: form.call(getattr(REFERENCE, form.function), *arrays))
 
 
 ATTENTION_TOKENS, ATTENTION_HEADS = 16_384, 128
@@ -258,11 +259,11 @@ ATTENTION = (
     Tunable(
         "attention_forward", LENGTHS, lambda shape: FORWARD_ATTENTION,
         lambda shape, how: lambda *arrays: attention_hopper.forward(*arrays[:4], SCALE, None, how)[0],
-        attention_inputs, lambda *arrays: attention_expected(*arrays)[0]),
+        attention_inputs, lambda shape, *arrays: attention_expected(*arrays)[0]),
     Tunable(
         "attention_backward", LENGTHS, lambda shape: BACKWARD_ATTENTION,
         lambda shape, how: lambda *arrays: attention_backward(*arrays, how),
-        gradient_attention_inputs, lambda *arrays: attention_expected(*arrays)[1:]),
+        gradient_attention_inputs, lambda shape, *arrays: attention_expected(*arrays)[1:]),
 )
 
 TUNABLES: tuple[Tunable, ...] = (*PRODUCTS, *map(stream, STREAMS), *ATTENTION)

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ class Tunable(NamedTuple):
     """A kernel with parameters to choose.
 
     `candidates(shape)` gives NamedTuples of parameters, the default first; `make(shape, parameters)` a function of what
-    `inputs(shape, seed)` draws; `expected` the float32 reference of the same inputs, met within `bound` norm-wise.
+    `inputs(shape, seed)` draws; `expected(shape, *inputs)` the float32 reference, met within `bound` norm-wise.
     """
 
     kernel: str
@@ -74,18 +75,19 @@ def compile_all(tunable: Tunable, shape: tuple[int, ...], pool: ThreadPoolExecut
         for index, parameters in enumerate(tunable.candidates(shape))}
 
 
-def expected_of(tunable: Tunable, inputs: Sequence):
+def expected_of(tunable: Tunable, shape: tuple[int, ...], inputs: Sequence):
     """The reference's result. Its products need no tuning of their own, and all its roundings count."""
     options = {"xla_allow_excess_precision": False, "xla_gpu_autotune_level": 0}
     with jax.default_matmul_precision("highest"):
-        return jax.block_until_ready(jax.jit(tunable.expected).lower(*inputs).compile(options)(*inputs))
+        reference = jax.jit(partial(tunable.expected, shape)).lower(*inputs)
+        return jax.block_until_ready(reference.compile(options)(*inputs))
 
 
 def right_programs(
-    tunable: Tunable, sets: Sequence, programs: dict[NamedTuple, Future],
+    tunable: Tunable, shape: tuple[int, ...], sets: Sequence, programs: dict[NamedTuple, Future],
 ) -> Iterator[tuple[NamedTuple, Callable]]:
     """Candidates that compile and give the expected result, each as a compiled program; the others are printed."""
-    expected = expected_of(tunable, sets[0])
+    expected = expected_of(tunable, shape, sets[0])
     for parameters, future in programs.items():
         try:
             program = future.result()
@@ -108,7 +110,7 @@ def sweep(tunable: Tunable, shape: tuple[int, ...], futures: dict[NamedTuple, Fu
     draw = jax.jit(lambda seed: tunable.inputs(shape, seed))
     sets = [draw(0)]
     sets += [draw(seed) for seed in range(1, copies_needed(sets[0]))]
-    programs = dict(enumerate(right_programs(tunable, sets, futures)))
+    programs = dict(enumerate(right_programs(tunable, shape, sets, futures)))
     require(programs, f"no candidate of {tunable.kernel} is right at {key(shape)}")
 
     def ordered(indices: Sequence[int]) -> list[tuple[float, int]]:

@@ -81,7 +81,7 @@ def _dot(x_MK: jax.Array, w_KN: jax.Array, linear: Linear, dtypes: tuple[jnp.dty
 def _dot_forward(x_MK, w_KN, linear, dtypes):
     rows, waiting = quantize_input(x_MK, linear)
     forward_w, dgrad_w = quantize_weights(w_KN, linear)
-    y_MN = linear.products.dot(rows, forward_w, dtypes[1])[:x_MK.shape[0], :w_KN.shape[1]]
+    y_MN = linear.products.dot(rows, forward_w, (len(x_MK), w_KN.shape[1]), dtypes[1])
     return y_MN, (waiting, dgrad_w, Width(x_MK.shape[1]))
 
 
@@ -92,18 +92,18 @@ class Width(int):
 
 def _dot_backward(linear, dtypes, residuals, d_y_MN):
     waiting, dgrad_w, n_in = residuals
-    d_x_MK, d_y_columns = input_gradient(d_y_MN, dgrad_w, linear)
+    d_x_MK, d_y_columns = input_gradient(d_y_MN, dgrad_w, n_in, linear)
     d_w_KN = linear.products.weight_gradient(wgrad_input(waiting, linear), d_y_columns)
-    return d_x_MK[:, :n_in].astype(dtypes[0]), d_w_KN[:n_in, :d_y_MN.shape[1]]
+    return d_x_MK.astype(dtypes[0]), d_w_KN[:n_in, :d_y_MN.shape[1]]
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
-def input_gradient(d_y_MN: jax.Array, dgrad_w: Blocks, linear: Linear) -> tuple[jax.Array, Tiles]:
-    """d_x [M, K'], and d_y along tokens for the weight gradient."""
+def input_gradient(d_y_MN: jax.Array, dgrad_w: Blocks, k: int, linear: Linear) -> tuple[jax.Array, Tiles]:
+    """d_x [M, K], and d_y along tokens for the weight gradient."""
     rows, columns = linear.kernels.quantize_both(d_y_MN, linear.rule.dgrad_dy, linear.rule.wgrad_dy)
-    return linear.products.dot(rows, dgrad_w, d_y_MN.dtype)[:len(d_y_MN)], columns
+    return linear.products.dot(rows, dgrad_w, (len(d_y_MN), k), d_y_MN.dtype), columns
 
 
 def quantized_dot(

@@ -53,9 +53,12 @@ def _tensor_core(a: Tiles, b: Tiles | Blocks, *, interval: int) -> jax.Array:
                         tensor_core=True)
 
 
-def scaled_dot(a: Tiles, b: Blocks | Tiles, out_dtype: jnp.dtype, *, multiply: Callable = _float32) -> jax.Array:
-    """a [M, K] b [N, K]^T, rounded once to `out_dtype`: [M, N]."""
-    return multiply(a, b).astype(out_dtype)
+def scaled_dot(
+    a: Tiles, b: Blocks | Tiles, shape: tuple[int, int], dtype: jnp.dtype, *, multiply: Callable = _float32,
+) -> jax.Array:
+    """The first m rows and n columns, `shape`, of a [M, K] b [N, K]^T, rounded once to `dtype`."""
+    m, n = shape
+    return multiply(a, b)[:m, :n].astype(dtype)
 
 
 def scaled_grouped_dot(

@@ -96,8 +96,8 @@ def rows_times_blocks(
 
     Rows of expert E, which is none, are taken for zeros: their tiles have no more steps than they must.
     """
-    require(expert_Z is None or tuning.pair != "b" or tuning.rows == HALF, f"{tuning}: neighbouring rows of tiles may "
-            f"belong to two experts, so they cannot share columns of b; use pair 'a' or None, or tiles of {HALF} rows")
+    require(expert_Z is None or tuning.pair != "b", f"{tuning}: neighbouring rows of tiles may belong to two experts, "
+            "so they cannot share columns of b; use pair 'a' or None")
     m, n = out.shape
     height, width = tuning.rows, tuning.width
     n_tiles, place = _grid(pl.cdiv(m, height), pl.cdiv(n, width), tuning)

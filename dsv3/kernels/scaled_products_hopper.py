@@ -12,11 +12,14 @@ from dsv3.kernels.scaled_warpgroups_hopper import HALF, ROWS, Tuning
 from dsv3.kernels.tuning import rounded_up, tuned
 
 NARROW, WIDE = Tuning(width=128, stages=6), Tuning(width=192, stages=5)
-DECODING = tuple(Tuning(width, stages) for width, stages in ((16, 11), (32, 10), (64, 8), (128, 6), (192, 5)))
-"""For one row of tiles: the narrowest whose tiles all run at once, as all multiprocessors together read the weights."""
 HALVES = tuple(Tuning(width, stages, rows=HALF) for width, stages in (
     (16, 21), (32, 17), (48, 15), (64, 13), (96, 10), (128, 8)))
-"""The same in two rows of tiles: a multiprocessor reads half of the activations, which are most of what it reads."""
+"""For few rows: the narrowest whose tiles all run at once, as all multiprocessors together read the weights. Of up to 64
+rows there is nothing but these to multiply; of 128 a multiprocessor reads half, which is most of what it reads."""
+WHOLE = tuple(Tuning(width, stages) for width, stages in ((64, 8), (128, 6), (192, 5)))
+"""For few rows of many columns, where two rows of tiles do not all run at once."""
+ALIGNED = 8
+"""Columns of a result: the copy engine wants rows of whole 16 bytes."""
 WIDE_ADVANTAGE = 1.06
 """How much more a column of a narrow tile costs than one of a wide tile, which loads fewer bytes for a product."""
 
@@ -41,15 +44,16 @@ def cost(m: int, n: int, width: int) -> float:
 
 
 def default_tuning(m: int, n: int) -> Tuning:
-    """The width whose tiles fill whole rounds of all multiprocessors best."""
+    """The width whose tiles fill whole rounds of all multiprocessors best; of few rows, the first that fits one."""
     if m <= ROWS:
-        return next((tuning for tuning in DECODING if -(-n // tuning.width) <= MULTIPROCESSORS), WIDE)
+        at_once = lambda tuning: -(-m // tuning.rows) * -(-n // tuning.width) <= MULTIPROCESSORS
+        return next(filter(at_once, (*HALVES, *WHOLE)), WIDE)
     return min(NARROW, WIDE, key=lambda tuning: cost(m, n, tuning.width))
 
 
 def dense_entry(m: int, n: int, k: int) -> tuple[int, ...]:
-    """Which entry of the tuning table a product of these sizes has: m rounded up, n, k."""
-    return rounded_up(m), n, k
+    """Which entry of the tuning table a product of these sizes has: m rounded up, to 64 at least, n, k."""
+    return rounded_up(max(m, HALF)), n, k
 
 
 def grouped_entry(m: int, e: int, n: int, k: int) -> tuple[int, ...]:
@@ -60,10 +64,11 @@ def grouped_entry(m: int, e: int, n: int, k: int) -> tuple[int, ...]:
     return e, rounded_up(max(1, (m - e * (TILE - 1)) // e)), n, k
 
 
-def scaled_dot(a: Tiles, b: Blocks, out_dtype: jnp.dtype, *, kind: str) -> jax.Array:
-    (m, k), n = a.values.shape, b.values.shape[0]
-    tuning = tuned(kind, "scaled_dot", dense_entry(m, n, k), default_tuning(m, n))
-    return rows_times_blocks(a, b, None, jax.ShapeDtypeStruct((m, n), out_dtype), tuning)
+def scaled_dot(a: Tiles, b: Blocks, shape: tuple[int, int], dtype: jnp.dtype, *, kind: str) -> jax.Array:
+    (m, n), (n_padded, k) = shape, b.values.shape
+    tuning = tuned(kind, "scaled_dot", dense_entry(m, n_padded, k), default_tuning(m, n_padded))
+    out = jax.ShapeDtypeStruct((m, -(-n // ALIGNED) * ALIGNED), dtype)
+    return rows_times_blocks(a, b, None, out, tuning)[:, :n]
 
 
 def scaled_grouped_dot(a: Tiles, b: Blocks, expert_Z: jax.Array, out_dtype: jnp.dtype, *, kind: str) -> jax.Array:
@@ -92,6 +97,6 @@ def products(kind: str) -> Products:
 
     Each is compiled by itself, so that a model with many equal layers lowers every kernel once.
     """
-    static = {scaled_dot: 2, scaled_grouped_dot: 3, scaled_weight_gradient: (), scaled_grouped_weight_gradient: ()}
+    static = {scaled_dot: (2, 3), scaled_grouped_dot: 3, scaled_weight_gradient: (), scaled_grouped_weight_gradient: ()}
     return Products(*(jax.jit(partial(function, kind=kind), static_argnums=numbers)
                       for function, numbers in static.items()))

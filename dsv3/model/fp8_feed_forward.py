@@ -59,17 +59,17 @@ def _mlp_forward(x_MD, w_up, w_down, ff):
     m = len(x_MD)
     rows, waiting = quantize_input(x_MD, ff.up)
     (up, up_dgrad), (down, down_dgrad) = quantize_weights(w_up, ff.up), quantize_weights(w_down, ff.down)
-    gate_up_MF = ff.up.products.dot(rows, up, x_MD.dtype)[:m, :w_up.shape[1]]
+    gate_up_MF = ff.up.products.dot(rows, up, (m, w_up.shape[1]), x_MD.dtype)
     h, kept = ff.activate(gate_up_MF)
-    y_MD = ff.down.products.dot(h, down, x_MD.dtype)[:m, :w_down.shape[1]]
+    y_MD = ff.down.products.dot(h, down, (m, w_down.shape[1]), x_MD.dtype)
     return y_MD, (waiting, kept, up_dgrad, down_dgrad, Width(x_MD.shape[1]), Width(len(w_down)))
 
 
 def _mlp_backward(ff, residuals, d_y_MD):
     waiting, kept, up_dgrad, down_dgrad, d, f = residuals
-    d_h_MF, d_y_columns = input_gradient(d_y_MD, down_dgrad, ff.down)
-    rows, columns, h_columns, _ = ff.activate_backward(kept, d_h_MF[:, :f], None)
-    d_x_MD = ff.up.products.dot(rows, up_dgrad, d_y_MD.dtype)[:len(d_y_MD), :d]
+    d_h_MF, d_y_columns = input_gradient(d_y_MD, down_dgrad, f, ff.down)
+    rows, columns, h_columns, _ = ff.activate_backward(kept, d_h_MF, None)
+    d_x_MD = ff.up.products.dot(rows, up_dgrad, (len(d_y_MD), d), d_y_MD.dtype)
     d_w_up = ff.up.products.weight_gradient(wgrad_input(waiting, ff.up), columns)
     d_w_down = ff.down.products.weight_gradient(h_columns, d_y_columns)
     return d_x_MD, d_w_up[:d, :2 * f], d_w_down[:f, :d_y_MD.shape[1]]

@@ -106,7 +106,8 @@ def _norm_dot(x_MK, gain_K, weights, eps, place):
 def _norm_dot_forward(x_MK, gain_K, weights, eps, place):
     rows, _ = place.kernels.norm_quantize(x_MK, gain_K, eps, place.rule.fprop_x, None)
     forward_w, dgrad_w = zip(*(quantize_weights(w, place) for w in weights), strict=True)
-    y_MN = place.products.dot(rows, _side_by_side(forward_w, 0), x_MK.dtype)[:len(x_MK)]
+    matrix = _side_by_side(forward_w, 0)
+    y_MN = place.products.dot(rows, matrix, (len(x_MK), len(matrix.values)), x_MK.dtype)
     return tuple(_parts(y_MN, [w.shape[1] for w in weights])), (x_MK, gain_K, _side_by_side(dgrad_w, 1))
 
 
@@ -116,7 +117,7 @@ def _norm_dot_backward(eps, place, residuals, d_outputs):
     normed_MK, norm_vjp = jax.vjp(lambda x, gain: kernels.norm(x, gain, eps), x_MK, gain_K)
     d_rows, d_columns = zip(*(kernels.quantize_both(d_y, rule.dgrad_dy, rule.wgrad_dy) for d_y in d_outputs),
                             strict=True)
-    d_normed_MK = place.products.dot(_side_by_side(d_rows, 1), dgrad_w, x_MK.dtype)[:m, :k]
+    d_normed_MK = place.products.dot(_side_by_side(d_rows, 1), dgrad_w, (m, k), x_MK.dtype)
     if rule.kept is None:
         columns = kernels.quantize_columns(normed_MK, rule.wgrad_x)
     else:
@@ -154,7 +155,7 @@ def _attention_dot_forward(heads, rotation_2BTP, w, segment_ids_BT, scale, place
     # Without a format to keep, attention's own backward pass needs the output itself.
     waiting = (waiting, None if place.rule.kept else checkpoint_name(o_MK, "attn.core"))
     forward_w, dgrad_w = quantize_weights(w, place)
-    y_MN = place.products.dot(rows, forward_w, o_MK.dtype)[:len(o_MK), :w.shape[1]]
+    y_MN = place.products.dot(rows, forward_w, (len(o_MK), w.shape[1]), o_MK.dtype)
     residuals = heads, rotation_2BTP, segment_ids_BT, waiting, checkpoint_name(kept, "attn.core"), dgrad_w
     return y_MN.reshape(*o_BTHU.shape[:2], w.shape[1]), residuals
 
@@ -170,11 +171,11 @@ def _attention_dot_backward(scale, place, residuals, d_y_BTD):
         o_MK = o_MK[:len(d_y_MN), :n_in]
     else:
         columns = wgrad_input(waiting, place)
-    d_o_MK, d_y_columns = input_gradient(d_y_MN, dgrad_w, place)
+    d_o_MK, d_y_columns = input_gradient(d_y_MN, dgrad_w, n_in, place)
     d_w = place.products.weight_gradient(columns, d_y_columns)[:n_in, :d_y_MN.shape[1]]
     with jax.named_scope("attention"):
         d_heads = place.kernels.attention.backward(
-            heads, rotation_2BTP, scale, segment_ids_BT, o_MK.reshape(shape), kept, d_o_MK[:, :n_in].reshape(shape))
+            heads, rotation_2BTP, scale, segment_ids_BT, o_MK.reshape(shape), kept, d_o_MK.reshape(shape))
     return d_heads, None, d_w, None
 
 

@@ -36,7 +36,7 @@ def toy(candidates, shapes=((64, 64),)):
         return function
 
     return Tunable("toy", shapes, lambda shape: candidates, make,
-                   lambda shape, seed: (jax.random.normal(jax.random.key(seed), shape),), lambda x: x)
+                   lambda shape, seed: (jax.random.normal(jax.random.key(seed), shape),), lambda shape, x: x)
 
 
 def swept(tunable, shape):

@@ -170,7 +170,7 @@ def test_refusals_of_products():
     assert len(reasons) == 2 and "accumulator" in reasons[0] and "every 64" in reasons[1]
     rows = REFERENCE.quantize_rows(jnp.ones((128, 128), jnp.bfloat16), replace(rule.fprop_x, format="e5m6"))
     blocks, _ = REFERENCE.quantize_weights(jnp.ones((128, 128), jnp.float32), rule.fprop_w)
-    out = kernels.products(rule.interval, rule.accumulator).dot(rows, blocks, jnp.float32)
+    out = kernels.products(rule.interval, rule.accumulator).dot(rows, blocks, (128, 128), jnp.float32)
     assert "bfloat16" in reasons[2]
     np.testing.assert_allclose(out, 128, rtol=1e-6)
 

@@ -111,5 +111,5 @@ def test_no_kernel_takes_a_new_format_for_one_that_it_knows():
     assert reasons == ["the format e3m4: no kernel rounds to it"]
     blocks, _ = kernels.quantize_weights(x.astype(jnp.float32), replace(operand, tile="block"))
     rule = resolve("fp8").default
-    kernels.products(rule.interval, rule.accumulator).dot(found, blocks, jnp.float32)
+    kernels.products(rule.interval, rule.accumulator).dot(found, blocks, (128, 128), jnp.float32)
     assert reasons[1] == reasons[0] and reasons[2] == "operands in float8_e3m4: they must be E4M3 or E5M2"

@@ -17,7 +17,7 @@ from dsv3.config import UserError
 from dsv3.kernels import scaled_dot_hopper
 from dsv3.kernels.scaled import Blocks, Tiles, decode_blocks, decode_tiles
 from dsv3.kernels.scaled_dot_hopper import rows_times_blocks, weight_gradient
-from dsv3.kernels.scaled_products_hopper import default_tuning
+from dsv3.kernels.scaled_products_hopper import default_tuning, scaled_dot
 from dsv3.kernels.scaled_warpgroups_hopper import Tuning, _in_flight
 from dsv3.quant.formats import E4M3
 from dsv3.quant.tiles import ALONG_ROWS, BLOCK, dequantize, quantize
@@ -83,7 +83,7 @@ def whole_numbers(rng, rows, columns):
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 9])
 @pytest.mark.parametrize("tuning", [
-    Tuning(16, 5, rows=64), Tuning(48, 6, "b", rows=64), Tuning(80, 4, "a", rows=64)], ids=str)
+    Tuning(16, 5, rows=64), Tuning(48, 6, rows=64), Tuning(80, 4, "a", rows=64)], ids=str)
 def test_tiles_of_half_the_height_have_the_bits_of_whole_ones(tuning, steps):
     """One warpgroup, four accumulators in flight or two, fewer steps than those and some over: no sum is another."""
     rng = np.random.default_rng(12)
@@ -96,15 +96,14 @@ def test_tiles_of_half_the_height_have_the_bits_of_whole_ones(tuning, steps):
     assert_close(actual, (numbers[0] @ numbers[1].T)[:, :90], 1e-5)
 
 
-@pytest.mark.parametrize("pair", [None, "b"])
-def test_few_multiprocessors_take_half_rows_of_experts_and_of_none(pair, monkeypatch):
-    """Tiles with and without sums follow each other; neighbouring halves have one expert, so they may share columns."""
+def test_few_multiprocessors_take_half_rows_of_experts_and_of_none(monkeypatch):
+    """Tiles with and without sums follow each other."""
     monkeypatch.setattr(scaled_dot_hopper, "MULTIPROCESSORS", 2)
     rng = np.random.default_rng(13)
     (a, a_numbers), (b, b_numbers) = tiles(rng, 512, 640), blocks(rng, 2, 128, 640)
     expert_Z = np.array([2, 1, 2, 0], np.int32)
     spoiled = a._replace(scales=a.scales.at[:, 256:384].set(jnp.nan))
-    out, tuning = jax.ShapeDtypeStruct((512, 128), jnp.float32), Tuning(64, 6, pair, 1, rows=64)
+    out, tuning = jax.ShapeDtypeStruct((512, 128), jnp.float32), Tuning(64, 6, None, 1, rows=64)
     actual = run(rows_times_blocks, spoiled, b, jnp.asarray(expert_Z), out, tuning)
     matrices = np.concatenate([b_numbers, 0 * b_numbers[:1]])[np.repeat(expert_Z, 128)]
     assert_close(actual, np.einsum("mk,mnk->mn", a_numbers, matrices))
@@ -124,9 +123,23 @@ def test_gradients_of_experts_in_half_rows_of_tiles(tuning):
         assert_close(actual[e], a_numbers[:, of_e] @ b_numbers[:, of_e].T)
 
 
-@pytest.mark.parametrize("n, width", [(2176, 32), (1536, 16), (4096, 32), (7168, 64), (16_384, 128), (24_576, 192)])
-def test_the_tiles_of_a_few_rows_run_all_at_once(n, width):
-    assert default_tuning(64, n).width == default_tuning(128, n).width == width
+@pytest.mark.parametrize("m, n, rows, width", [
+    (1, 2112, 64, 16), (64, 2176, 64, 32), (128, 2176, 64, 48), (128, 1536, 64, 32), (65, 7168, 64, 128),
+    (128, 8576, 128, 128), (64, 16_384, 64, 128), (128, 16_384, 128, 128), (64, 24_576, 128, 192)])
+def test_the_tiles_of_a_few_rows_run_all_at_once(m, n, rows, width):
+    """As narrow as that, or the widest of all."""
+    found = default_tuning(m, n)
+    assert (found.rows, found.width) == (rows, width)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m, n", [(5, 12), (70, 200), (64, 33)])
+def test_a_product_of_any_size_has_no_padding(m, n):
+    """Rows and columns that the operands are padded by reach no result, whatever the copy engine counts in."""
+    rng = np.random.default_rng(15)
+    (a, a_numbers), (b, b_numbers) = tiles(rng, 128, 256), blocks(rng, 256, 256)
+    actual = run(lambda a, b: scaled_dot(a, b, (m, n), jnp.float32, kind="NVIDIA H100 80GB HBM3"), a, b)
+    assert_close(actual, (a_numbers @ b_numbers.T)[:m, :n])
 
 
 @pytest.mark.slow

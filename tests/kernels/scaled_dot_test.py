@@ -43,11 +43,12 @@ def groups():
 def test_dot_is_the_product_of_the_decoded_operands(out_dtype):
     a, (b, _) = quantize_rows(normal(0, 70, 300), INNER), quantize_weights(normal(1, 300, 140), BLOCK)
     exact = in_64(decode_tiles(a)) @ in_64(decode_blocks(b)).T
-    out = scaled_dot(a, b, out_dtype)
-    assert out.dtype == out_dtype
-    assert distance(out, exact) < (1e-6 if out_dtype == jnp.float32 else 3e-3)
+    for shape in ((128, 256), (70, 140)):
+        out = scaled_dot(a, b, shape, out_dtype)
+        assert out.shape == shape and out.dtype == out_dtype
+        assert distance(out, exact[:shape[0], :shape[1]]) < (1e-6 if out_dtype == jnp.float32 else 3e-3)
     b = quantize_rows(normal(2, 140, 300), INNER)
-    assert distance(scaled_dot(a, b, jnp.float32), in_64(decode_tiles(a)) @ in_64(decode_tiles(b)).T) < 1e-6
+    assert distance(scaled_dot(a, b, (128, 256), jnp.float32), in_64(decode_tiles(a)) @ in_64(decode_tiles(b)).T) < 1e-6
 
 
 def test_grouped_dot_takes_each_block_to_its_expert():
@@ -77,7 +78,7 @@ def test_hoppers_accumulator_is_the_model_of_it():
     """Promoted every 128 where scales change, and later only where they do not: more error, in the known direction."""
     x, w = jnp.abs(normal(0, 4, 512)), jnp.abs(normal(1, 512, 128))
     a, (b, _) = quantize_rows(x, INNER), quantize_weights(w, BLOCK)
-    hopper = products(128, "hopper").dot(a, b, jnp.float32)
+    hopper = products(128, "hopper").dot(a, b, (128, 128), jnp.float32)
     scales = jnp.repeat(b.scales, 128, axis=0)
     np.testing.assert_array_equal(
         hopper, promoted_dot(a.values, b.values, a.scales.T, scales, 128, tensor_core=True))
@@ -86,7 +87,7 @@ def test_hoppers_accumulator_is_the_model_of_it():
     a, (b, _) = quantize_rows(x[:, :384], TENSOR), quantize_weights(w[:384], TENSOR)
     exact, errors = (in_64(decode_tiles(a)) @ in_64(decode_blocks(b)).T)[:4], []
     for interval in (32, 128, 256):  # 256 does not divide 384
-        errors.append(distance(products(interval, "hopper").dot(a, b, jnp.float32)[:4], exact))
+        errors.append(distance(products(interval, "hopper").dot(a, b, (4, 128), jnp.float32), exact))
     assert 0 < errors[0] < errors[1] < errors[2]
 
 
@@ -121,7 +122,8 @@ def test_grouped_products_in_hoppers_accumulator_are_near_the_float32_ones():
 
 def test_a_bad_number_spoils_its_row_and_nothing_else_and_never_vanishes():
     x, w = normal(0, 130, 256).at[3, 200].set(jnp.nan).at[7, 0].set(jnp.inf), normal(1, 256, 128)
-    out = np.asarray(scaled_dot(quantize_rows(x, INNER), quantize_weights(w, BLOCK)[0], jnp.bfloat16), np.float32)
+    a, (b, _) = quantize_rows(x, INNER), quantize_weights(w, BLOCK)
+    out = np.asarray(scaled_dot(a, b, (130, 128), jnp.bfloat16), np.float32)
     assert np.isnan(out[[3, 7]]).all()
     assert np.isfinite(np.delete(out, [3, 7], axis=0)).all()
     columns = quantize_columns(x, INNER)
@@ -137,5 +139,5 @@ def test_an_unknown_accumulator():
 def test_products_can_be_compiled_and_batched_by_jit():
     """One trace for all: the bundle of a rule is a bundle of plain functions."""
     a, (b, _) = quantize_rows(normal(0, 128, 128), INNER), quantize_weights(normal(1, 128, 128), BLOCK)
-    jitted = jax.jit(lambda a, b: FLOAT32.dot(a, b, jnp.float32))(a, b)
-    np.testing.assert_allclose(jitted, FLOAT32.dot(a, b, jnp.float32), rtol=1e-6, atol=1e-4)
+    jitted = jax.jit(lambda a, b: FLOAT32.dot(a, b, (128, 128), jnp.float32))(a, b)
+    np.testing.assert_allclose(jitted, FLOAT32.dot(a, b, (128, 128), jnp.float32), rtol=1e-6, atol=1e-4)
