@@ -92,7 +92,7 @@ def on_this_device(product: Callable) -> Callable:
 
 SCALED: dict[str, Callable] = {"Hopper": on_this_device(scaled_products_hopper.scaled_dot),
                                "decoded by XLA": decoded_dot}
-"""`scaled_dot(a: Tiles [M, K], b: Blocks [N, K], (m, n), out_dtype)`; the fastest first: it is what ratios compare with."""
+"""`scaled_dot(a: Tiles [M, K], b: Blocks [N, K], (m, n), out_dtype)`; ratios compare with the first, which is fastest."""
 SCALED_WEIGHTS: dict[str, Callable] = {
     "Hopper": on_this_device(scaled_products_hopper.scaled_weight_gradient),
     "decoded by XLA": lambda a, b: decoded_dot(a, b, (len(a.values), len(b.values)), jnp.float32)}
@@ -110,10 +110,10 @@ def contestants(m: int, n: int, by_weights: bool) -> dict[str, Contestant]:
     second = to_tiles if by_weights else to_blocks
     operands = lambda a, b, *w: (a, b)
     prepare = lambda a, b, *w: (to_tiles(a), second(b))
-    expected = lambda a, b: (decode(a) @ decode(b).T)[:m, :n]
-    forms = SCALED_WEIGHTS if by_weights else {
-        name: lambda a, b, f=f: f(a, b, (m, n), out_dtype) for name, f in SCALED.items()}
-    rows = {name: Contestant(form, expected, prepare) for name, form in forms.items()}
+    expected = lambda a, b: decode(a) @ decode(b).T
+    rows = {name: Contestant(form, expected, prepare) for name, form in SCALED_WEIGHTS.items()} if by_weights else {
+        name: Contestant(lambda a, b, f=f: f(a, b, (m, n), out_dtype), lambda a, b: expected(a, b)[:m, :n], prepare)
+        for name, f in SCALED.items()}
     rows["bfloat16 by XLA"] = Contestant(
         lambda a, b: plain_dot(a, b, out_dtype), lambda a, b: a.astype(jnp.float32) @ b.astype(jnp.float32).T,
         operands)

@@ -157,7 +157,8 @@ PRODUCTS = (
     Tunable(
         "scaled_dot", tuple((m, *pair) for m in (4096, 8192, 16_384, 128, 64) for pair in both_ways(SHAPES)),
         lambda shape: product_candidates(shape[0], shape[1], default_tuning(*shape[:2]), 2), dense_dot,
-        lambda shape, seed: (random_tiles(2 * seed, whole(shape[0]), shape[2]), random_blocks(2 * seed + 1, *shape[1:])),
+        lambda shape, seed: (
+            random_tiles(2 * seed, whole(shape[0]), shape[2]), random_blocks(2 * seed + 1, *shape[1:])),
         lambda shape, a, b: decode_tiles(a)[:shape[0]] @ decode_blocks(b).T),
     Tunable(
         "scaled_grouped_dot", tuple((*experts, *pair) for experts in EXPERTS for pair in both_ways(MATRICES)),

@@ -14,8 +14,8 @@ from dsv3.kernels.tuning import rounded_up, tuned
 NARROW, WIDE = Tuning(width=128, stages=6), Tuning(width=192, stages=5)
 HALVES = tuple(Tuning(width, stages, rows=HALF) for width, stages in (
     (16, 21), (32, 17), (48, 15), (64, 13), (96, 10), (128, 8)))
-"""For few rows: the narrowest whose tiles all run at once, as all multiprocessors together read the weights. Of up to 64
-rows there is nothing but these to multiply; of 128 a multiprocessor reads half, which is most of what it reads."""
+"""For few rows: the narrowest whose tiles all run at once, as all multiprocessors together read the weights. There is
+nothing else of up to 64 rows; of 128 a multiprocessor reads half, which is most of what it reads."""
 WHOLE = tuple(Tuning(width, stages) for width, stages in ((64, 8), (128, 6), (192, 5)))
 """For few rows of many columns, where two rows of tiles do not all run at once."""
 ALIGNED = 8

@@ -171,7 +171,7 @@ def test_device_seconds_tell_programs_apart():
 
 
 @pytest.mark.parametrize("cases", [
-    lambda: [gemm_case("forward", 64, 212, 384, by_weights=False), gemm_case("w", 256, 128, 384, by_weights=True)],
+    lambda: [gemm_case("forward", 64, 212, 384, by_weights=False), gemm_case("w", 256, 212, 384, by_weights=True)],
     lambda: [rows_case("rows", (200, 256)), *dispatch_cases("toy", 64, 32, 4)],
     lambda: [loss_case(64, 32, 500, (16, 64))],
 ], ids=["gemm", "quantize", "loss"])
