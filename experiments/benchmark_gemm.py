@@ -92,7 +92,7 @@ def on_this_device(product: Callable) -> Callable:
 
 SCALED: dict[str, Callable] = {"Hopper": on_this_device(scaled_products_hopper.scaled_dot),
                                "decoded by XLA": decoded_dot}
-"""`scaled_dot(a: Tiles [M, K], b: Blocks [N, K], (m, n), out_dtype)`; ratios compare with the first, which is fastest."""
+"""`scaled_dot(a: Tiles [M, K], b: Blocks [N, K], (m, n), out_dtype)`; the first is what ratios compare with."""
 SCALED_WEIGHTS: dict[str, Callable] = {
     "Hopper": on_this_device(scaled_products_hopper.scaled_weight_gradient),
     "decoded by XLA": lambda a, b: decoded_dot(a, b, (len(a.values), len(b.values)), jnp.float32)}
