@@ -39,7 +39,7 @@ def small(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sums_in_another_accumulator_are_found(family):
     """Exact sums of a chunk, in place of 13 fraction bits."""
-    exact = lambda a, b, dtype: promoted_dot(
+    exact = lambda a, b, shape, dtype: promoted_dot(
         a.values, b.values, a.scales.T, jnp.repeat(b.scales, TILE, axis=0), TILE, tensor_core=False).astype(dtype)
     case = family_cases(family, Products(exact, unused, unused, unused))[0]
     assert share_that_differs(case) > 0.001
@@ -78,8 +78,8 @@ def test_every_family_is_what_it_says():
 
 
 def test_a_lost_nan_is_found():
-    clean = lambda a, b, dtype: jnp.nan_to_num(benchmark_exact.modelled(a, b)).astype(dtype)
+    clean = lambda a, b, shape, dtype: jnp.nan_to_num(benchmark_exact.modelled(a, b)).astype(dtype)
     case = family_cases("NaN", Products(clean, unused, unused, unused))[0]
     assert 0 < share_that_differs(case) < 0.1
-    kept = lambda a, b, dtype: jax.jit(benchmark_exact.modelled)(a, b).astype(dtype)
+    kept = lambda a, b, shape, dtype: jax.jit(benchmark_exact.modelled)(a, b).astype(dtype)
     assert share_that_differs(family_cases("NaN", Products(kept, unused, unused, unused))[0]) == 0
