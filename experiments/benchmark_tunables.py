@@ -177,7 +177,7 @@ PRODUCTS = (
 
 ONE_FORM = ((1, 2, 1), (1, 3, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (3, 2, 2), (1, 2, 2), (4, 1, 2), (2, 1, 2))
 TWO_FORMS = ((1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (3, 1, 1), (2, 1, 2), (3, 1, 2), (4, 1, 2))
-SQUARE, BANDS = ((TILE, TILE),), (2, 4, 8)
+SQUARE = ((TILE, TILE),)
 STREAMS = {
     "rows": (SQUARE, TOKENS[1], ONE_FORM), "columns": (SQUARE, TOKENS[1], ONE_FORM),
     "both": (SQUARE, TOKENS[1], TWO_FORMS),
@@ -199,8 +199,7 @@ STREAMS = {
         (4, 4, 512), (6, 4, 512), (2, 6, 1024))),
 }
 """Of `FORMS`: entries of the table, the shape that is measured (of norms its rows), and (stages, blocks, split). Where
-several warpgroups work on a tile and there are more than two stages, they may also be one behind; the default is also
-tried in bands."""
+several warpgroups work on a tile and there are more than two stages, they may also be one behind."""
 
 
 def stream(name: str) -> Tunable:
@@ -217,7 +216,6 @@ def stream(name: str) -> Tunable:
     found = [fast.default, *(Streaming(*setting) for setting in settings)]
     if entries == SQUARE:  # work of several warpgroups
         found += [streaming._replace(behind=1) for streaming in found if streaming.stages > 2]
-        found += [fast.default._replace(band=band) for band in BANDS]
     candidates = list(dict.fromkeys(found))
     return Tunable(form.function, entries, lambda entry: candidates, make, inputs,
                    lambda entry, *arrays: form.call(getattr(REFERENCE, form.function), *arrays))

@@ -30,8 +30,7 @@ class Streaming(NamedTuple):
     """What is tuned: tiles in flight in a thread block, thread blocks on a multiprocessor, warpgroups to one output.
 
     `behind`: tiles that other warpgroups may be behind the first one, which waits for them before it fills a slot anew;
-    as many tiles fewer are in flight. `band`: rows of tiles that are worked on together, column by column: what is
-    written transposed is then wider at a time.
+    as many tiles fewer are in flight.
     """
 
     stages: int
@@ -39,7 +38,6 @@ class Streaming(NamedTuple):
     split: int
     multiprocessors: int = MULTIPROCESSORS
     behind: int = 0
-    band: int = 1
 
 
 class Piece(NamedTuple):
@@ -145,7 +143,7 @@ def stream(
         def _(slots, staged, lasting, full, empty, met, settled):
             block, group = lax.axis_index("block"), lax.axis_index("warpgroup")
             steps = lax.div(tall * wide - 1 - block, n_blocks) + 1
-            place = lambda step: _place(block + step * n_blocks, tiles, settings.band)
+            place = lambda step: (lax.div(block + step * n_blocks, wide), lax.rem(block + step * n_blocks, wide))
 
             def load(step):
                 slot = lax.rem(step, jnp.int32(stages))
@@ -185,14 +183,6 @@ def stream(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=approximate))(*arguments)
-
-
-def _place(index: jax.Array, tiles: tuple[int, int], band: int) -> tuple[jax.Array, jax.Array]:
-    """Row and column of a tile: row after row, or in bands of rows."""
-    tall, wide = tiles
-    if band == 1:
-        return lax.div(index, wide), lax.rem(index, wide)
-    return plgpu.planar_snake(index, tiles, 0, min(band, tall))
 
 
 def blocks_for(tiles: int, settings: Streaming) -> int:

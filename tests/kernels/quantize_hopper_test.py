@@ -22,8 +22,7 @@ from dsv3.quant.formats import format_of
 from dsv3.quant.tiles import quantize
 
 SMALL = {"one stage": Streaming(1, 1, 1, 2), "two stages": Streaming(2, 1, 2, 2), "one block": Streaming(3, 1, 1, 1),
-         "one behind": Streaming(2, 1, 2, 1, behind=1), "two behind": Streaming(3, 1, 2, 4, behind=2),
-         "bands": Streaming(2, 1, 2, 2, band=2), "one band": Streaming(1, 1, 1, 3, band=8)}
+         "one behind": Streaming(2, 1, 2, 1, behind=1), "two behind": Streaming(3, 1, 2, 4, behind=2)}
 
 
 @pytest.mark.parametrize("operand", [E4M3, OPERANDS[5], *slow(*OPERANDS[1:5])], ids=name_of)
