@@ -14,9 +14,9 @@ from dsv3.kernels.tuning import rounded_up, tuned
 NARROW, WIDE = Tuning(width=128, stages=6), Tuning(width=192, stages=5)
 HALVES = tuple(Tuning(width, stages, rows=HALF) for width, stages in (
     (16, 21), (32, 17), (48, 15), (64, 13), (96, 10), (128, 8)))
-"""For few rows: the narrowest whose tiles all run at once, as all multiprocessors together read the weights. There is
-nothing else of up to 64 rows; of 128 a multiprocessor reads half, which is most of what it reads."""
-WHOLE = tuple(Tuning(width, stages) for width, stages in ((64, 8), (128, 6), (192, 5)))
+"""For few rows: the narrowest whose tiles all run at once, as all multiprocessors together read the weights. Of up to
+64 rows half of a whole tile would be for nobody; of 128 a multiprocessor reads half, which is most of what it reads."""
+WHOLE = tuple(Tuning(width, stages) for width, stages in ((32, 10), (64, 8), (128, 6), (192, 5)))
 """For few rows of many columns, where two rows of tiles do not all run at once."""
 ALIGNED = 8
 """Columns of a result: the copy engine wants rows of whole 16 bytes."""
@@ -66,7 +66,7 @@ def grouped_entry(m: int, e: int, n: int, k: int) -> tuple[int, ...]:
 
 def scaled_dot(a: Tiles, b: Blocks, shape: tuple[int, int], dtype: jnp.dtype, *, kind: str) -> jax.Array:
     (m, n), (n_padded, k) = shape, b.values.shape
-    tuning = tuned(kind, "scaled_dot", dense_entry(m, n_padded, k), default_tuning(m, n_padded))
+    tuning = tuned(kind, "scaled_dot", dense_entry(m, n_padded, k), default_tuning(m, n))
     out = jax.ShapeDtypeStruct((m, -(-n // ALIGNED) * ALIGNED), dtype)
     return rows_times_blocks(a, b, None, out, tuning)[:, :n]
 
