@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3.kernels import scaled_products_hopper
-from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles
+from dsv3.kernels.scaled import TILE, Blocks, Tiles, decode_blocks, decode_tiles, whole
 from dsv3.quant import tiles as quant
 from dsv3.quant.formats import E4M3
 from experiments import benchmark_table, peers_torch
@@ -21,11 +21,6 @@ from experiments.benchmark_table import FP8_FLOPS, Case, Contestant, normal
 SHAPES = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 """(n, k) of q_a with kv_a, q_b, kv_b, o, gate_up and down of one expert."""
 TOKENS, DECODED = 4096, (64, 128)
-
-
-def whole(size: int) -> int:
-    """`size` in whole tiles."""
-    return -(-size // TILE) * TILE
 
 
 def to_tiles(x_MK: jax.Array) -> Tiles:
@@ -110,10 +105,11 @@ def contestants(m: int, n: int, by_weights: bool) -> dict[str, Contestant]:
     second = to_tiles if by_weights else to_blocks
     operands = lambda a, b, *w: (a, b)
     prepare = lambda a, b, *w: (to_tiles(a), second(b))
-    expected = lambda a, b: decode(a) @ decode(b).T
-    rows = {name: Contestant(form, expected, prepare) for name, form in SCALED_WEIGHTS.items()} if by_weights else {
-        name: Contestant(lambda a, b, f=f: f(a, b, (m, n), out_dtype), lambda a, b: expected(a, b)[:m, :n], prepare)
-        for name, f in SCALED.items()}
+    product = lambda a, b: decode(a) @ decode(b).T
+    expected = product if by_weights else lambda a, b: product(a, b)[:m, :n]
+    forms = SCALED_WEIGHTS if by_weights else {
+        name: lambda a, b, f=f: f(a, b, (m, n), out_dtype) for name, f in SCALED.items()}
+    rows = {name: Contestant(form, expected, prepare) for name, form in forms.items()}
     rows["bfloat16 by XLA"] = Contestant(
         lambda a, b: plain_dot(a, b, out_dtype), lambda a, b: a.astype(jnp.float32) @ b.astype(jnp.float32).T,
         operands)

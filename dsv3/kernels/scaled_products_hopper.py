@@ -19,7 +19,7 @@ HALVES = tuple(Tuning(width, stages, rows=HALF) for width, stages in (
 WHOLE = tuple(Tuning(width, stages) for width, stages in ((32, 10), (64, 8), (128, 6), (192, 5)))
 """For few rows of many columns, where two rows of tiles do not all run at once."""
 ALIGNED = 8
-"""Columns of a result: the copy engine wants rows of whole 16 bytes."""
+"""What the columns of a result are a multiple of: the copy engine wants rows of whole 16 bytes."""
 WIDE_ADVANTAGE = 1.06
 """How much more a column of a narrow tile costs than one of a wide tile, which loads fewer bytes for a product."""
 
