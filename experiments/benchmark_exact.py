@@ -26,6 +26,10 @@ M, N, K = 256, 384, 1152
 """Two tiles of rows, three of columns, and an odd number of steps."""
 REPEATS = 9, 9
 """How often an operand's rows are there, and its columns: enough for several tiles on every multiprocessor."""
+FEW = 100
+"""Rows of a product as in decoding: tiles of 64, the second of them broken."""
+BROKEN = 75
+"""Columns by which it falls short of whole tiles, and of what the copy engine can write."""
 SIZES = (130, 0, 128, 1)
 """Rows of the experts of a grouped product."""
 NANS = 3
@@ -132,17 +136,24 @@ def groups() -> tuple[jax.Array, jax.Array]:
     return sizes_E, block_experts(sizes_E, padded_rows(sum(SIZES), len(SIZES), TILE) // TILE, TILE)
 
 
-def case(name: str, family: str, inputs: Callable, product: Callable, expected: Callable) -> Case:
-    """`product` of the repeated operands must be the repeated product that is `expected` of the operands."""
-    down, across = REPEATS
+def case(
+    name: str, family: str, inputs: Callable, product: Callable, expected: Callable, *, few: bool = False,
+) -> Case:
+    """`product` of the repeated operands must be the repeated product that is `expected` of the operands.
+
+    Of `few` rows, it is what there is of it without padding; they are not repeated.
+    """
+    down, across = (1, REPEATS[1]) if few else REPEATS
+    m, n = (FEW, across * N - BROKEN) if few else (down * M, across * N)
     run = lambda a, b, *rest: product(repeated(a, down), repeated(b, across), *rest)
-    many = lambda *inputs: jnp.tile(expected(*inputs), (down, across))
-    return Case(name, family, inputs, {"Hopper": Contestant(run, many, bound=0)}, 2 * down * M * across * N * K,
-                down * M * K + across * N * K + 4 * down * M * across * N, FP8_FLOPS)
+    whole = lambda *inputs: jnp.tile(expected(*inputs), (down, across))
+    many = (lambda *inputs: whole(*inputs)[:m, :n]) if few else whole
+    return Case(name, family, inputs, {"Hopper": Contestant(run, many, bound=0)}, 2 * m * n * K,
+                m * K + n * K + 4 * m * n, FP8_FLOPS)
 
 
 def family_cases(family: str, products: Products) -> list[Case]:
-    """Of all four products. 0 as a bound asks for the same bits, with all NaNs alike."""
+    """Of all four products, and the first with few rows. 0 as a bound: the same bits, with all NaNs alike."""
     sizes_E, expert_Z = groups()
     e, rows = len(SIZES), TILE * len(expert_Z)
     start_E, steps_E = block_starts(sizes_E, TILE), -(-sizes_E // TILE)
@@ -162,6 +173,10 @@ def family_cases(family: str, products: Products) -> list[Case]:
         case("weight gradients of experts", family,
              lambda seed: (tiles(family, ab(seed)[0], M, rows), tiles(family, ab(seed)[1], N, rows), start_E, steps_E),
              products.grouped_weight_gradient, modelled_gradients),
+        case("few rows times blocks", family,
+             lambda seed: (tiles(family, ab(seed)[0], TILE, K), blocks(family, ab(seed)[1], N, K)),
+             lambda a, b: products.dot(a, b, (FEW, len(b.values) - BROKEN), jnp.bfloat16), bfloat16(modelled),
+             few=True),
     ]
 
 

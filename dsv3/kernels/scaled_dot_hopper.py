@@ -94,7 +94,7 @@ def rows_times_blocks(
 ) -> jax.Array:
     """a [M, K] times b [E, N, K] of the expert of every 128 rows (or b [N, K]): out [m <= M, n <= N].
 
-    Rows of expert E, which is none, are taken for zeros: their tiles have no more steps than they must.
+    m must be a multiple of 8 and n of 32, or of 16 in tiles of no multiple of 32 columns. Rows of expert E, which is none, are taken for zeros: their tiles have no more steps than they must.
     """
     require(expert_Z is None or tuning.pair != "b", f"{tuning}: neighbouring rows of tiles may belong to two experts, "
             "so they cannot share columns of b; use pair 'a' or None")

@@ -18,8 +18,8 @@ HALVES = tuple(Tuning(width, stages, rows=HALF) for width, stages in (
 64 rows half of a whole tile would be for nobody; of 128 a multiprocessor reads half, which is most of what it reads."""
 WHOLE = tuple(Tuning(width, stages) for width, stages in ((32, 10), (64, 8), (128, 6), (192, 5)))
 """For few rows of many columns, where two rows of tiles do not all run at once."""
-ALIGNED = 8
-"""What the columns of a result are a multiple of: the copy engine wants rows of whole 16 bytes."""
+ALIGNED = 8, 32
+"""What the rows and columns of a result are multiples of: no part that the copy engine writes may be cut."""
 WIDE_ADVANTAGE = 1.06
 """How much more a column of a narrow tile costs than one of a wide tile, which loads fewer bytes for a product."""
 
@@ -67,8 +67,8 @@ def grouped_entry(m: int, e: int, n: int, k: int) -> tuple[int, ...]:
 def scaled_dot(a: Tiles, b: Blocks, shape: tuple[int, int], dtype: jnp.dtype, *, kind: str) -> jax.Array:
     (m, n), (n_padded, k) = shape, b.values.shape
     tuning = tuned(kind, "scaled_dot", dense_entry(m, n_padded, k), default_tuning(m, n))
-    out = jax.ShapeDtypeStruct((m, -(-n // ALIGNED) * ALIGNED), dtype)
-    return rows_times_blocks(a, b, None, out, tuning)[:, :n]
+    rows, columns = (-(-size // multiple) * multiple for size, multiple in zip(shape, ALIGNED, strict=True))
+    return rows_times_blocks(a, b, None, jax.ShapeDtypeStruct((rows, columns), dtype), tuning)[:m, :n]
 
 
 def scaled_grouped_dot(a: Tiles, b: Blocks, expert_Z: jax.Array, out_dtype: jnp.dtype, *, kind: str) -> jax.Array:

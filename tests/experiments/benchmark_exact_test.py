@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from dsv3.kernels.scaled import TILE, Blocks, decode_blocks, decode_tiles
+from dsv3.kernels.scaled_products_hopper import ALIGNED, default_tuning
+from dsv3.kernels.scaled_warpgroups_hopper import HALF
 from dsv3.quant.accumulate import promoted_dot
 from experiments import benchmark_exact
 from experiments.benchmark_exact import FAMILIES, Products, family_cases
 from experiments.benchmark_table import differing, reference
 
-PRODUCTS = 4
+PRODUCTS = 5
+ALL_COLUMNS = benchmark_exact.REPEATS[1] * benchmark_exact.N
 
 
 def decoded(operand):
@@ -52,7 +55,7 @@ def test_the_model_is_near_the_product_of_the_decoded_operands(index):
     a, b, *rest = inputs = case.inputs(0)
     ours = np.asarray(reference(case.contestants["Hopper"], inputs), np.float32)
     a, b = np.asarray(decoded(a)), np.asarray(decoded(b))
-    if index in (0, 2):
+    if index in (0, 2, 4):
         wanted = a @ b.T
     elif index == 1:
         assert len(b) in rest[0]
@@ -62,7 +65,17 @@ def test_the_model_is_near_the_product_of_the_decoded_operands(index):
         spans = [slice(start, start + TILE * steps) for start, steps in zip(*map(np.asarray, rest))]
         wanted = np.stack([a[:, span] @ b[:, span].T for span in spans])
         assert any(span.start == span.stop for span in spans)
-    assert np.linalg.norm(ours - np.tile(wanted, (1, 2))) < 0.004 * np.linalg.norm(np.tile(wanted, (1, 2)))
+    wanted = np.tile(wanted, (1, 2))
+    if index == 4:
+        wanted = wanted[:benchmark_exact.FEW, :-benchmark_exact.BROKEN]
+    assert ours.shape == wanted.shape and np.linalg.norm(ours - wanted) < 0.004 * np.linalg.norm(wanted)
+
+
+def test_few_rows_take_tiles_of_half_the_rows_and_break_them():
+    n = ALL_COLUMNS - benchmark_exact.BROKEN
+    tuning = default_tuning(benchmark_exact.FEW, n)
+    assert tuning.rows == HALF < benchmark_exact.FEW and benchmark_exact.FEW % HALF
+    assert benchmark_exact.FEW % ALIGNED[0] and n % tuning.width and n % ALIGNED[1]
 
 
 def test_every_family_is_what_it_says():

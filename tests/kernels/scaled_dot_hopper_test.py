@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config import UserError
 from dsv3.kernels import scaled_dot_hopper
-from dsv3.kernels.scaled import Blocks, Tiles, decode_blocks, decode_tiles
+from dsv3.kernels.scaled import Blocks, Tiles, decode_blocks, decode_tiles, whole
 from dsv3.kernels.scaled_dot_hopper import rows_times_blocks, weight_gradient
 from dsv3.kernels.scaled_products_hopper import default_tuning, scaled_dot
 from dsv3.kernels.scaled_warpgroups_hopper import Tuning, _in_flight
@@ -149,6 +149,19 @@ def test_a_product_of_any_size_has_no_padding(m, n):
     (a, a_numbers), (b, b_numbers) = tiles(rng, 128, 256), blocks(rng, 256, 256)
     actual = run(lambda a, b: scaled_dot(a, b, (m, n), jnp.float32, kind="NVIDIA H100 80GB HBM3"), a, b)
     assert_close(actual, (a_numbers @ b_numbers.T)[:m, :n])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("m, n", [(1, 1), (9, 576), (70, 200), (64, 33), (100, 3381), (128, 5000), (4095, 2120)])
+def test_a_product_of_any_size_is_a_program_for_a_gpu(m, n, dtype):
+    """The copy engine, which the interpreter has none of, takes whole pieces of a result only."""
+    shape, k = jax.ShapeDtypeStruct, 256
+    rows, columns = whole(m), whole(n)
+    a = Tiles(shape((rows, k), jnp.float8_e4m3fn), shape((k // 128, rows), jnp.float32))
+    b = Blocks(shape((columns, k), jnp.float8_e4m3fn), shape((columns // 128, k // 128), jnp.float32))
+    product = jax.jit(lambda a, b: scaled_dot(a, b, (m, n), dtype, kind="none")).trace(a, b)
+    assert product.out_info.shape == (m, n)
+    assert product.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 1
 
 
 @pytest.mark.slow
