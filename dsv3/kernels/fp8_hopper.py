@@ -26,8 +26,8 @@ from dsv3.kernels.attention import Attention
 from dsv3.kernels.fp8_kernels import REFERENCE, Kernels
 from dsv3.kernels.scaled import TILE, Tiles
 from dsv3.kernels.scaled_dot import Products
-from dsv3.kernels.stream_hopper import Streaming
-from dsv3.kernels.tuning import tuned
+from dsv3.kernels.stream_hopper import NoRoom, Streaming
+from dsv3.kernels.tuning import key, tuned
 
 ROUNDED = "e4m3", "e5m2", "e5m6"
 """Formats that the kernels round to."""
@@ -56,7 +56,7 @@ def _of_tokens(x: jax.Array, *operands: Operand | None) -> str | None:
 
 
 def _of_waiting(packed: Tiles, kept: Operand, columns: Operand, dtype: jnp.dtype) -> str | None:
-    return _not_bfloat16(jax.ShapeDtypeStruct((), dtype)) or _coarse(columns)
+    return _not_bfloat16(jax.ShapeDtypeStruct((), dtype)) or _coarse(kept, columns)
 
 
 def _of_weights(w: jax.Array, operand: Operand) -> str | None:
@@ -78,12 +78,16 @@ def _of_swiglu_backward(kept: Tiles | jax.Array, d_h: jax.Array, weight, *operan
 
 
 def _either(refusal: Callable, fast: Callable, slow: Callable, refuse: Callable[[str], None]) -> Callable:
-    """`fast`, or `slow` after `refuse(reason)` for arguments that `refusal` has a reason against."""
+    """`fast`, or `slow` after `refuse(reason)` for arguments that `refusal` has a reason against or that do not fit."""
     def run(*arguments):
         reason = refusal(*arguments)
-        if reason:
-            refuse(reason)
-        return (slow if reason else fast)(*arguments)
+        try:
+            if not reason:
+                return fast(*arguments)
+        except NoRoom as error:
+            reason = str(error)
+        refuse(reason)
+        return slow(*arguments)
 
     return run
 
@@ -98,26 +102,25 @@ def _products(interval: int, accumulator: str, *, kind: str, refuse: Callable[[s
     return Products(*(_either(of_operands, *pair, refuse) for pair in pairs))
 
 
-def _always_fits(*arguments) -> None:
-    """For a kernel whose work is squares: settings alone decide."""
-
-
 def _square(*arguments) -> tuple[int, ...]:
     """The entry of a kernel whose work is squares, whatever matrix they are of."""
     return TILE, TILE
 
 
+def _values(x: jax.Array | Tiles) -> jax.Array:
+    return x.values if isinstance(x, Tiles) else x
+
+
 def _width(x: jax.Array | Tiles, *rest) -> tuple[int, ...]:
     """The entry of a kernel whose work is rows, however many."""
-    return ((x.values if isinstance(x, Tiles) else x).shape[1],)
+    return (_values(x).shape[-1],)
 
 
 class Fast(NamedTuple):
     """A fast form, whose last argument are its settings.
 
     `refusal` is a function of the other arguments, `static` the positions of those that are no arrays; `default` are
-    the settings where the tuning table has none for this `entry` of the arguments. `no_room`, a function of all
-    arguments that the refusal lets pass, says why they do not fit into shared memory with these settings.
+    the settings where the tuning table has none for this `entry` of the arguments.
     """
 
     function: Callable
@@ -125,15 +128,6 @@ class Fast(NamedTuple):
     static: tuple[int, ...]
     default: Streaming
     entry: Callable = _square
-    no_room: Callable = _always_fits
-
-    def settings(self, name: str, kind: str, *arguments) -> Streaming:
-        """What the tuning table has for a device of this kind."""
-        return tuned(kind, name, self.entry(*arguments), self.default)
-
-    def refused(self, name: str, kind: str, *arguments) -> str | None:
-        """Why this form cannot run, or None."""
-        return self.refusal(*arguments) or self.no_room(*arguments, self.settings(name, kind, *arguments))
 
 
 FAST = {
@@ -150,37 +144,48 @@ FAST = {
         norm_hopper.rms_norm_hopper, lambda x, gain, eps: norm_hopper.refusal(x.shape[-1], x.dtype), (2,),
         norm_hopper.FORWARD, _width),
     "norm_quantize": Fast(
-        norm_quantize_hopper.norm_quantize, _of_norm, (2, 3, 4), norm_quantize_hopper.NORM, _width,
-        norm_quantize_hopper.no_room_to_norm),
+        norm_quantize_hopper.norm_quantize, _of_norm, (2, 3, 4), norm_quantize_hopper.NORM, _width),
     "swiglu_quantize": Fast(
         swiglu_quantize_hopper.swiglu_quantize, _of_swiglu, (1, 2), swiglu_quantize_hopper.FORWARD),
     "swiglu_backward_quantize": Fast(
         swiglu_quantize_hopper.swiglu_backward_quantize, _of_swiglu_backward, (3, 4, 5),
         swiglu_quantize_hopper.BACKWARD),
     "permute_tiles": Fast(
-        permute_hopper.permute_tiles, lambda *arguments: None, (), permute_hopper.PERMUTE, _width,
-        permute_hopper.no_room_to_permute),
+        permute_hopper.permute_tiles, lambda *arguments: None, (), permute_hopper.PERMUTE, _width),
     "combine_rows": Fast(
         permute_hopper.combine_rows, lambda rows, *rest: _not_bfloat16(rows) or _narrow(rows.shape[1], TILE), (),
-        permute_hopper.COMBINE, _width, permute_hopper.no_room_to_combine),
+        permute_hopper.COMBINE, _width),
 }
 
 
 def with_settings(name: str, kind: str) -> Callable:
-    """A fast form with the settings that the tuning table has for a device of this kind, compiled by itself."""
+    """A fast form with the settings that the tuning table has for a device of this kind, compiled by itself.
+
+    What does not fit into shared memory with them, as the wider elements of E5M6, takes one tile at a time, or raises
+    `NoRoom`.
+    """
     fast = FAST[name]
 
     def run(*arguments):
-        return fast.function(*arguments, fast.settings(name, kind, *arguments))
+        settings, reason = tuned(kind, name, fast.entry(*arguments), fast.default), ""
+        for fewer in settings, settings._replace(stages=1, behind=0):
+            try:
+                return fast.function(*arguments, fewer)
+            except NoRoom as error:
+                reason = str(error)
+        raise NoRoom(f"{name} of {key(_values(arguments[0]).shape)}: {reason}")
 
     run.__name__ = run.__qualname__ = name
     return jax.jit(run, static_argnums=fast.static)
 
 
+def fast_or_reference(name: str, kind: str, refuse: Callable[[str], None]) -> Callable:
+    """One function of the bundle."""
+    return _either(FAST[name].refusal, with_settings(name, kind), getattr(REFERENCE, name), refuse)
+
+
 def hopper_kernels(kind: str, attention: Attention, refuse: Callable[[str], None]) -> Kernels:
     """For a device of this kind. `refuse` is told why something falls back to plain jnp, and may raise."""
-    functions = {
-        name: _either(partial(fast.refused, name, kind), with_settings(name, kind), getattr(REFERENCE, name), refuse)
-        for name, fast in FAST.items()}
+    functions = {name: fast_or_reference(name, kind, refuse) for name in FAST}
     return REFERENCE._replace(
         products=partial(_products, kind=kind, refuse=refuse), attention=attention, **functions)

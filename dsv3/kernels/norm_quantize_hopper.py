@@ -15,7 +15,7 @@ from dsv3.config.errors import require
 from dsv3.config.quant import Operand
 from dsv3.kernels.quantize_hopper import ONE_FORM, Form, out_types, square_of, staging, write_square
 from dsv3.kernels.scaled import Tiles
-from dsv3.kernels.stream_hopper import Piece, Streaming, no_room, reuse, stream
+from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
 from dsv3.kernels.tile_hopper import (
     MATRIX,
     PER_COLUMN,
@@ -30,16 +30,6 @@ from dsv3.kernels.tile_hopper import (
 NORM = Streaming(stages=2, blocks=2, split=2)
 """Best on an H100. `split` is the rows of one step, each with a warpgroup of its own: a divisor of 128."""
 WARPS = 4
-
-
-def no_room_to_norm(
-        x_MK: jax.Array, gain_K: jax.Array, eps: float, rows: Operand, columns: Operand | None,
-        settings: Streaming) -> str | None:
-    """Why rows so wide do not fit into shared memory, or None."""
-    k, at_once = x_MK.shape[1], settings.split
-    row = lambda dtype: Piece((tiles_held(k), TILE), dtype)
-    staged = [row(dtype_of(rows)), Piece((tiles_held(k),), jnp.float32)] * at_once
-    return no_room(f"rows of {k} elements", settings, [row(x_MK.dtype)] * at_once, *staged, row(jnp.float32))
 
 
 def tiles_held(k: int) -> int:
@@ -64,10 +54,12 @@ def norm_quantize(
         settings: Streaming = NORM, column_settings: Streaming = ONE_FORM) -> tuple[Tiles, Tiles | None]:
     """`rms_norm`, rounded to the dtype of x as it is there, then quantised; the columns only where asked for.
 
-    Raises `UserError` unless K is a multiple of 128.
+    Raises `UserError` unless K is a multiple of 128, `eps` is positive and `split` divides 128.
     """
     n_rows, k = x_MK.shape
+    require(eps > 0, f"eps {eps}; expected a positive number: rows of padding are zeros")
     require(k % TILE == 0, f"rows of {k} elements; expected a multiple of {TILE}")
+    require(TILE % settings.split == 0, f"{settings}: `split` must divide {TILE}, to which rows are padded")
     x_MK, gain_K = jnp.pad(x_MK, ((0, -n_rows % TILE), (0, 0))), gain_K.astype(jnp.float32)
     tiles, factor_M = _normed_rows(x_MK, gain_K, eps, rows, settings)
     return tiles, None if columns is None else _normed_columns(x_MK, gain_K, factor_M, columns, column_settings)

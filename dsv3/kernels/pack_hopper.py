@@ -19,10 +19,9 @@ from dsv3.kernels.quantize_hopper import (
     quantize_forms,
     square_of,
     staging,
-    whole,
     write_square,
 )
-from dsv3.kernels.scaled import Tiles
+from dsv3.kernels.scaled import Tiles, whole
 from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
 from dsv3.kernels.tile_hopper import (
     MATRIX,

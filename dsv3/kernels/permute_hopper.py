@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3.config.errors import require
 from dsv3.kernels.permute import Plan, permute_scales
 from dsv3.kernels.scaled import Tiles
-from dsv3.kernels.stream_hopper import Piece, Streaming, no_room, reuse, stream
+from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
 
 PERMUTE, COMBINE = Streaming(stages=4, blocks=2, split=2), Streaming(stages=3, blocks=4, split=1024)
 """`split` is, to expert order, the tokens of one step; back, the elements of a row at most."""
@@ -23,27 +24,14 @@ PERMUTE, COMBINE = Streaming(stages=4, blocks=2, split=2), Streaming(stages=3, b
 def piece_of_row(d: int, limit: int) -> tuple[int, int]:
     """The piece of a row of `d` elements that one step takes, and how many of them neighbour in a thread.
 
-    Threads read as many bytes at once as they can, so the widest reads decide, and then the longest piece.
+    Threads read as many bytes at once as they can, so the widest reads decide, and then the longest piece. Raises
+    `UserError` for a limit of less than 128.
     """
+    require(limit >= 128, f"pieces of {limit} elements at most; expected at least the 128 of a warpgroup")
     vector, width = max(
         (next(size for size in (8, 4, 2, 1) if width % (128 * size) == 0), width)
         for width in range(128, min(d, limit) + 1, 128) if d % width == 0)
     return width, vector
-
-
-def no_room_to_permute(tiles_TD: Tiles, plan: Plan, settings: Streaming) -> str | None:
-    """Why rows so wide do not fit into shared memory, or None."""
-    _, d = tiles_TD.values.shape
-    row = Piece((d,), tiles_TD.values.dtype)
-    return no_room(f"rows of {d} elements", settings, [row] * settings.split, row)
-
-
-def no_room_to_combine(
-        rows_JD: jax.Array, row_TK: jax.Array, weights_TK: jax.Array | None, settings: Streaming) -> str | None:
-    """Why the rows of one token do not fit into shared memory, or None."""
-    row = Piece(piece_of_row(rows_JD.shape[1], settings.split)[:1], rows_JD.dtype)
-    n_choices = row_TK.shape[1]
-    return no_room(f"{n_choices} rows of a token", settings, [row] * n_choices, row)
 
 
 def permute_tiles(tiles_TD: Tiles, plan: Plan, settings: Streaming = PERMUTE) -> Tiles:

@@ -14,8 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3.config.errors import require
 from dsv3.config.quant import Operand
-from dsv3.kernels.scaled import Tiles
+from dsv3.kernels.scaled import Tiles, whole
 from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
 from dsv3.kernels.tile_hopper import MATRIX, PER_COLUMN, ROWS, TILE, along_columns, dtype_of, quantize_piece
 
@@ -25,24 +26,11 @@ REQUANTIZE = Streaming(stages=2, blocks=2, split=2)
 """Best on an H100."""
 
 
-def refusal(x: jax.Array, *operands: Operand) -> str | None:
-    """Why a matrix cannot be quantised to these operands here, or None."""
-    if x.dtype != jnp.bfloat16:
-        return f"a matrix in {jnp.dtype(x.dtype).name}: it must be bfloat16"
-    coarse = [operand.tile for operand in operands if operand.tile != "inner"]
-    return f"scales by {coarse[0]}: they must be by 'inner' tiles" if coarse else None
-
-
 class Form(NamedTuple):
     """One quantised copy: its operand, and whether its tiles run along columns, so that it is stored transposed."""
 
     operand: Operand
     columns: bool
-
-
-def whole(size: int) -> int:
-    """`size` rounded up to whole squares."""
-    return -(-size // TILE) * TILE
 
 
 def padded(x_MK: jax.Array, rows: int = TILE, columns: int = TILE) -> jax.Array:
@@ -69,7 +57,8 @@ def write_square(
     """One warpgroup's part of the square (row, column) of an output: `piece(rows)` gives `height` rows at a time."""
     reuse()
     per_part = TILE // split
-    assert per_part % height == 0, f"{split} warpgroups have {per_part} rows each, which are not pieces of {height}"
+    require(TILE % split == 0 and per_part % height == 0,
+            f"split {split}: so many warpgroups do not share {TILE} rows in pieces of {height}")
     for start in range(0, per_part, height):
         rows = pl.ds(part * per_part + start, height)
         staged[0][rows], staged[1][rows] = piece(rows)

@@ -19,6 +19,8 @@ from dsv3.kernels.scaled_warpgroups_hopper import DEPTH, HALF, ROWS, Shared, Til
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernel is right, only less evenly spread."""
+WIDEST = 256
+"""Columns of a matrix instruction."""
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 """Of a thread, where three warpgroups share what there is; two have 255 each."""
 
@@ -57,6 +59,9 @@ def _call(
         pl.run_scoped(run, **shapes._asdict(), collective_axes="group")
 
     require(tuning.rows in (ROWS, HALF), f"{tuning}: tiles have {ROWS} rows or {HALF}")
+    require(tuning.width % 16 == 0 and tuning.width <= WIDEST, f"{tuning}: tiles have a multiple of 16 columns, "
+            f"{WIDEST} at most")
+    require(tuning.pair in (None, "a", "b"), f"{tuning}: `pair` is 'a', 'b' or None")
     require(tuning.stages > tuning.ahead, f"{tuning} would wait for ever: operands arrive {tuning.ahead} steps ahead, "
             f"which takes at least {tuning.ahead + 1} stages")
     pairs = dict(cluster=(2,), cluster_names=("pair",)) if tuning.pair else {}
@@ -94,7 +99,8 @@ def rows_times_blocks(
 ) -> jax.Array:
     """a [M, K] times b [E, N, K] of the expert of every 128 rows (or b [N, K]): out [m <= M, n <= N].
 
-    m must be a multiple of 8 and n of 32, or of 16 in tiles of no multiple of 32 columns. Rows of expert E, which is none, are taken for zeros: their tiles have no more steps than they must.
+    m must be a multiple of 8 and n of 32. Rows of expert E, which is none, are taken for zeros: their tiles have no
+    more steps than they must.
     """
     require(expert_Z is None or tuning.pair != "b", f"{tuning}: neighbouring rows of tiles may belong to two experts, "
             "so they cannot share columns of b; use pair 'a' or None")

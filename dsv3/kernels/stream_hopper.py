@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3.config import require
+from dsv3.config import UserError, require
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200 (SXM); on any other number the kernels are right, only less evenly spread."""
@@ -24,6 +24,8 @@ SHARED_BYTES = 227 * 1024
 """Of shared memory that a thread block may have."""
 ALIGNMENT, REDUCTIONS = 1024, 2048
 """What Mosaic rounds every array in shared memory up to, and what it adds for reductions."""
+BARRIERS = 32
+"""Of one group, in Mosaic."""
 
 
 class Streaming(NamedTuple):
@@ -91,13 +93,23 @@ class Step(NamedTuple):
         plgpu.barrier_wait(self.met)
 
 
-def no_room(what: str, settings: Streaming, pieces: list[Piece], *lasting: Piece) -> str | None:
-    """Why `what` does not fit into shared memory, or None: `stages` of the pieces, and one of what is `lasting`."""
+class NoRoom(UserError):
+    """More shared memory than there is."""
+
+
+def check(settings: Streaming, pieces: list[Piece], *lasting: Piece) -> None:
+    """Raise `NoRoom` unless `stages` of the pieces, and one of what is `lasting`, fit into shared memory.
+
+    Raises `UserError` for stages that would wait for ever, or that have no barriers.
+    """
+    stages, behind = settings.stages, settings.behind
+    require(0 <= behind < stages, f"{settings} would wait for ever: `behind` must be less than `stages`")
+    require(stages <= BARRIERS, f"{settings}: there are barriers for {BARRIERS} stages only")
     whole = lambda piece, number: -(-number * piece.n_bytes // ALIGNMENT) * ALIGNMENT
-    n_bytes = sum(whole(piece, settings.stages) for piece in pieces) + sum(whole(piece, 1) for piece in lasting)
-    n_bytes += REDUCTIONS + 8 * (2 * settings.stages + 2)  # as well as barriers
-    return None if n_bytes <= SHARED_BYTES else (
-        f"{what}: {n_bytes} bytes of shared memory with {settings}, of which a thread block has {SHARED_BYTES}")
+    n_bytes = sum(whole(piece, stages) for piece in pieces) + sum(whole(piece, 1) for piece in lasting)
+    n_bytes += REDUCTIONS + 8 * (2 * stages + 2)  # as well as barriers
+    if n_bytes > SHARED_BYTES:
+        raise NoRoom(f"{n_bytes} bytes of shared memory with {settings}, of which a thread block has {SHARED_BYTES}")
 
 
 def transforms(piece: Piece) -> tuple:
@@ -118,13 +130,13 @@ def stream(
     is one warpgroup's share, which calls `reuse()` before it writes what it copies out of `staging`. The last arguments
     may be `constants`, which stay in shared memory as `step.constants`. `approximate` takes the device's own
     exponential, good to about 1e-6, which is seven instructions shorter. With a `carry`, `work` returns the next one.
-    No tiles, as of no tokens, leave zeros.
+    No tiles, as of no tokens, leave zeros. Raises what `check` does.
     """
     tall, wide = tiles
     if tall * wide == 0:
         return [jnp.zeros(out.shape, out.dtype) for out in out_type]
+    check(settings, pieces, *staging, *constants)
     stages, behind, n_blocks = settings.stages, settings.behind, blocks_for(tall * wide, settings)
-    require(0 <= behind < stages, f"{settings} would wait for ever: `behind` must be less than `stages`")
 
     def kernel(*refs):
         inputs, outputs = refs[:len(arguments)], refs[len(arguments):]

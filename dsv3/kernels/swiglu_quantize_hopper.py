@@ -98,8 +98,6 @@ def swiglu_backward_quantize(
     weighted, scaled = weight_M is not None, scales is not None
     row_form, column_form, h_form = Form(rows, False), Form(columns, True), Form(h_columns, True)
     one_staging = dtype_of(columns) == dtype_of(h_columns)
-    if not (scaled and one_staging):  # what these need more of shared memory leaves room for one step
-        settings = settings._replace(stages=1, behind=0)
 
     def source(i, j, codes_ref, d_h_ref, *rest):
         tokens = pl.ds(i * TILE, TILE)

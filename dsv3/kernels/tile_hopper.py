@@ -19,7 +19,7 @@ MATRIX, PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), 
 the matrix loads fetch 16-bit elements in this order from rows and from columns alike: transposing costs nothing."""
 
 SHORT = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-SHORT_ROWS, SHORT_PER_ROW, SHORT_PER_COLUMN = 32, SHORT.reduce(1), SHORT.reduce(0)
+SHORT_ROWS, SHORT_PER_ROW = 32, SHORT.reduce(1)
 """The same for half as many rows, where one step needs several matrices in registers."""
 
 

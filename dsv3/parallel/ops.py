@@ -7,12 +7,11 @@ import jax
 from absl import logging
 
 from dsv3.config import QuantConfig, UserError, require
-from dsv3.kernels import attention_cudnn, attention_rotary_hopper, grouped_dot_hopper, norm_hopper
+from dsv3.kernels import attention_cudnn, attention_rotary_hopper, grouped_dot_hopper
 from dsv3.kernels.attention import ATTENTION, Attention, Heads, attend
-from dsv3.kernels.fp8_hopper import hopper_kernels, with_settings
+from dsv3.kernels.fp8_hopper import fast_or_reference, hopper_kernels
 from dsv3.kernels.fp8_kernels import REFERENCE, Kernels
 from dsv3.kernels.grouped_dot import grouped_dot
-from dsv3.kernels.norm import rms_norm
 from dsv3.model.fp8_ops import fp8_ops
 from dsv3.model.hopper_ops import hopper_ops
 from dsv3.model.ops import Ops, reference_ops
@@ -30,7 +29,7 @@ def _warn(refused: set[str], reason: str) -> None:
 
 
 def _raise(reason: str) -> None:
-    raise UserError(f"no Hopper kernel for {reason}; change the sizes, or use kernels=auto for the slow reference")
+    raise UserError(f"no Hopper kernel for {reason}; change that, or use kernels=auto for the slow reference")
 
 
 def chosen_attention(kind: str, refuse: Callable[[str], None]) -> Attention:
@@ -65,14 +64,7 @@ def with_fallbacks(kind: str, attention: Attention, refuse: Callable[[str], None
         run = grouped_dot if reason else grouped_dot_hopper.grouped_dot_hopper
         return run(rows_JD, sizes_E, w_EDF, block)
 
-    fast_norm = with_settings("norm", kind)
-
-    def norm(x, gain, eps):
-        reason = norm_hopper.refusal(x.shape[-1], x.dtype)
-        if reason:
-            refuse(reason)
-        return (rms_norm if reason else fast_norm)(x, gain, eps)
-
+    norm = fast_or_reference("norm", kind, refuse)
     return hopper_ops(attention=partial(attend, attention), grouped_dot=product, norm=norm)
 
 

@@ -18,6 +18,7 @@ from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.permute import make_plan
 from dsv3.kernels.quantized_dot import quantized_dot
 from dsv3.kernels.scaled import Tiles
+from dsv3.kernels.stream_hopper import NoRoom
 from dsv3.model.fp8_ops import fp8_ops
 from dsv3.model.ops import ExpertWeights
 
@@ -133,33 +134,54 @@ TOO_WIDE = {
     "permute_tiles": lambda kernels, x, gain: kernels.permute_tiles(
         Tiles(x.astype(jnp.float8_e4m3fn), gain.reshape(-1, 128, 128)[0]),
         make_plan(jnp.zeros((128, 1), jnp.int32), 1, 128)[0]),
-    "combine_rows": lambda kernels, x, gain: kernels.combine_rows(x[:, :1024], jnp.zeros((8, 64), jnp.int32), None),
+    "combine_rows": lambda kernels, x, gain: kernels.combine_rows(x[:, :1024], jnp.zeros((8, 128), jnp.int32), None),
 }
 
 
-@pytest.mark.parametrize("name, wanted", [
-    ("norm_quantize", "rows of 16384 elements"), ("permute_tiles", "rows of 32768 elements"),
-    ("combine_rows", "64 rows of a token")])
-def test_what_does_not_fit_into_shared_memory_is_refused(name, wanted):
+@pytest.mark.parametrize("name", TOO_WIDE)
+def test_what_does_not_fit_into_shared_memory_is_refused(name):
     """Mosaic would refuse it at the lowering, in its own words."""
-    d, reasons = 32_768 if name == "permute_tiles" else 16_384, []
+    d, reasons = 131_072, []
     x, gain = jnp.zeros((128, d), jnp.bfloat16), jnp.zeros(d)
     run = partial(TOO_WIDE[name], hopper_kernels(KIND, ATTENTION, reasons.append))
     text = jax.jit(run).trace(x, gain).lower(lowering_platforms=("cuda",)).as_text()
-    assert len(reasons) == 1 and reasons[0].startswith(wanted) and "shared memory" in reasons[0]
+    assert len(reasons) == 1 and reasons[0].startswith(f"{name} of 128x") and "shared memory" in reasons[0]
     assert "mosaic_gpu" not in text
 
 
 def test_what_just_fits_into_shared_memory_is_not_refused():
-    """Mosaic's own count decides: these are the widest that it lowers, but for what is kept for reductions."""
-    kernels = hopper_kernels(KIND, ATTENTION, fail)
-    x = jax.ShapeDtypeStruct((128, 7168), jnp.bfloat16)
-    rows = jax.ShapeDtypeStruct((8, 37), jnp.int32)
-    combine = jax.jit(lambda x, rows: kernels.combine_rows(x, rows, None)).trace(x, rows)
-    wide = jax.ShapeDtypeStruct((128, 15_872), jnp.bfloat16), jax.ShapeDtypeStruct((15_872,), jnp.float32)
-    norm = jax.jit(lambda x, gain: kernels.norm_quantize(x, gain, 1e-6, FPROP, None)).trace(*wide)
-    for traced in (combine, norm):
+    """Mosaic's own count decides: these are the most that it lowers, but for what is kept for reductions."""
+    shape, choices, width = jax.ShapeDtypeStruct, 37, 15_872
+    combine = lambda choices: jax.jit(lambda x, rows: FAST["combine_rows"].function(x, rows, None)).trace(
+        shape((128, 7168), jnp.bfloat16), shape((8, choices), jnp.int32))
+    norm = lambda width: jax.jit(lambda x, gain: FAST["norm_quantize"].function(x, gain, 1e-6, FPROP, None)).trace(
+        shape((128, width), jnp.bfloat16), shape((width,), jnp.float32))
+    for traced in combine(choices), norm(width):
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    with pytest.raises(NoRoom):
+        combine(choices + 1)
+    with pytest.raises(NoRoom):
+        norm(width + 512)
+
+
+@pytest.mark.parametrize("formats, fits", [
+    (("e5m6", "e4m3", "e4m3", "e4m3"), True), (("e4m3", "e5m6", "e5m6", "e5m6"), True),
+    (("e5m6", "e5m6", "e5m6", "e5m6"), False), ((None, "e5m6", "e5m6", "e5m6"), False)], ids=str)
+def test_twelve_bits_around_swiglu(formats, fits):
+    """Elements twice as wide take one tile at a time where two do not fit, and the reference where one does not."""
+    kept, *others = [name and replace(FPROP, format=name) for name in formats]
+    reasons = []
+    kernels = hopper_kernels(KIND, ATTENTION, reasons.append)
+
+    def run(gate_up, d_h, weight):
+        h, waiting = kernels.swiglu_quantize(gate_up, others[0], kept)
+        return h, kernels.swiglu_backward_quantize(waiting, d_h, weight, *others)
+
+    shapes = ((256, 512), jnp.bfloat16), ((256, 256), jnp.bfloat16), ((256,), jnp.float32)
+    traced = jax.jit(run).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 1 + fits
+    assert [reason.partition(":")[0] for reason in reasons] == (
+        [] if fits else ["swiglu_backward_quantize of 256x512"])
 
 
 def test_refusals_of_products():

@@ -112,4 +112,7 @@ def test_no_kernel_takes_a_new_format_for_one_that_it_knows():
     blocks, _ = kernels.quantize_weights(x.astype(jnp.float32), replace(operand, tile="block"))
     rule = resolve("fp8").default
     kernels.products(rule.interval, rule.accumulator).dot(found, blocks, (128, 128), jnp.float32)
+    packed = REFERENCE.quantize_and_pack(x, rule.fprop_x, operand)[1]
+    kernels.unpack_both(packed, operand, rule.wgrad_x, jnp.bfloat16)
+    assert reasons.pop() == reasons[0]
     assert reasons[1] == reasons[0] and reasons[2] == "operands in float8_e3m4: they must be E4M3 or E5M2"

@@ -49,9 +49,12 @@ def test_a_nan_spoils_its_own_row_only():
     np.testing.assert_array_equal(np.isnan(np.asarray(rows.values, np.float32)).all(axis=1), np.arange(128) == 7)
 
 
-def test_rows_of_broken_tiles_are_refused():
-    with pytest.raises(UserError, match="rows of 576 elements; expected a multiple of 128"):
-        norm_quantize(*problem(128, 576), EPS, E4M3, None)
+@pytest.mark.parametrize("width, eps, split, wanted", [
+    (576, EPS, 2, "rows of 576 elements; expected a multiple of 128"), (512, EPS, 3, "`split` must divide 128"),
+    (512, 0.0, 2, "eps 0.0; expected a positive number")])
+def test_what_cannot_be_right_is_refused(width, eps, split, wanted):
+    with pytest.raises(UserError, match=wanted):
+        norm_quantize(*problem(128, width), eps, E4M3, None, Streaming(2, 1, split))
 
 
 @pytest.mark.slow

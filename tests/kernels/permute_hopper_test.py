@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hopper_kernels import interpreted
 
+from dsv3.config import UserError
 from dsv3.kernels.permute import make_plan
 from dsv3.kernels.permute_hopper import combine_rows, permute_tiles, piece_of_row
 from dsv3.kernels.scaled import Tiles
@@ -88,3 +89,8 @@ def test_a_nan_spoils_the_sums_it_is_in_only(weighted):
 @pytest.mark.parametrize("d, expected", [(7168, (1024, 8)), (1280, (256, 2)), (128, (128, 1)), (5120, (1024, 8))])
 def test_pieces_of_rows_are_read_in_wide_words(d, expected):
     assert piece_of_row(d, 1024) == expected
+
+
+def test_pieces_that_a_warpgroup_cannot_share_are_refused():
+    with pytest.raises(UserError, match="pieces of 64 elements at most; expected at least the 128"):
+        combine_rows(jnp.zeros((8, 256), jnp.bfloat16), jnp.zeros((2, 2), jnp.int32), None, Streaming(2, 1, 64))

@@ -3,7 +3,6 @@
 Few thread blocks take many tiles, so that every slot of shared memory is used again; the interpreter looks for races.
 """
 
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.config import UserError
-from dsv3.kernels.quantize_hopper import quantize_both, quantize_columns, quantize_rows, refusal, requantize_columns
+from dsv3.kernels.quantize_hopper import quantize_both, quantize_columns, quantize_rows, requantize_columns
 from dsv3.kernels.scaled import Tiles
 from dsv3.kernels.stream_hopper import Streaming
 from dsv3.kernels.tile_hopper import reciprocal, repaired
@@ -63,11 +62,12 @@ def test_streaming_that_would_wait_for_ever_is_refused():
         quantize_rows(jnp.ones((128, 128), jnp.bfloat16), E4M3, Streaming(2, 1, 1, 1, behind=2))
 
 
-def test_refusals_name_the_reason():
-    x_MK, coarse = jnp.ones((128, 128), jnp.bfloat16), dataclasses.replace(E4M3, tile="tensor")
-    assert refusal(x_MK, E4M3, OPERANDS[5]) is None
-    assert "bfloat16" in refusal(x_MK.astype(jnp.float32), E4M3)
-    assert "tensor" in refusal(x_MK, E4M3, coarse)
+@pytest.mark.parametrize("settings, wanted", [
+    (Streaming(33, 1, 1), "barriers for 32"), (Streaming(2, 1, 3), "do not share 128 rows"),
+    (Streaming(12, 1, 1), "bytes of shared memory")], ids=str)
+def test_settings_that_cannot_be_are_refused(settings, wanted):
+    with pytest.raises(UserError, match=wanted):
+        quantize_rows(jnp.ones((128, 128), jnp.bfloat16), E4M3, settings)
 
 
 def test_the_reference_here_is_that_of_the_library():

@@ -356,6 +356,9 @@ def test_no_buffer_is_filled_while_it_may_still_be_read(pieces):
     (Tuning(128, 2, None, 8), "stages=2, .* would wait for ever"),
     (Tuning(64, 4, None, 8, 64), "stages=4, .* would wait for ever: operands arrive 4 steps ahead"),
     (Tuning(64, 6, None, 8, 32), "rows=32.*: tiles have 128 rows or 64"),
+    (Tuning(100, 4), "width=100.*: tiles have a multiple of 16 columns"),
+    (Tuning(512, 3), "width=512.*: tiles have a multiple of 16 columns, 256 at most"),
+    (Tuning(128, 4, "c"), "pair='c'.*: `pair` is 'a', 'b' or None"),
     (Tuning(128, 4, "b", 8), "neighbouring rows of tiles may belong to two experts")])
 def test_a_tuning_that_cannot_work_is_refused(tuning, said):
     rng = np.random.default_rng(6)

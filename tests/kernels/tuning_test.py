@@ -10,6 +10,7 @@ from dsv3.config import UserError
 from dsv3.kernels import attention_backward_hopper, attention_hopper, scaled_products_hopper
 from dsv3.kernels.fp8_hopper import FAST
 from dsv3.kernels.scaled_warpgroups_hopper import Tuning
+from dsv3.kernels.stream_hopper import Streaming
 from dsv3.kernels.tuning import key, read, tuned
 
 
@@ -48,6 +49,17 @@ def test_a_parameter_of_another_type_is_named(value):
     table = {"H100": {"dot": {"64x128": {"parameters": {"width": value}}}}}
     with pytest.raises(UserError, match=f"dot 64x128 on H100 has width {value!r}; expected int: run .*benchmark tune"):
         tuned("H100", "dot", (64, 128), Settings(), table)
+
+
+@pytest.mark.parametrize("name, value, least", [
+    ("stages", 0, 1), ("blocks", -1, 1), ("behind", -1, 0), ("behind", 0, 0)])
+def test_a_number_of_nothing_is_named(name, value, least):
+    table, default = {"H100": {"rows": {"128x128": {"parameters": {name: value}}}}}, Streaming(2, 1, 1)
+    if value >= least:
+        assert tuned("H100", "rows", (128, 128), default, table) == default._replace(**{name: value})
+    else:
+        with pytest.raises(UserError, match=f"rows 128x128 on H100 has {name} {value}; expected at least {least}: run"):
+            tuned("H100", "rows", (128, 128), default, table)
 
 
 @pytest.mark.parametrize("value, accepted", [("a", True), (None, True), (1, False)])
