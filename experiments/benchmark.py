@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from absl import flags
 
+from dsv3.config import require
 from experiments import (
     benchmark_attention,
     benchmark_exact,
@@ -40,6 +41,7 @@ from experiments import (
     benchmark_tune,
     launch,
 )
+from experiments.benchmark_record import check_json
 
 DEFAULT = "shapes"
 TABLES = {"gemm": benchmark_gemm, "grouped": benchmark_grouped, "quantize": benchmark_rows,
@@ -94,11 +96,20 @@ def manual(name: str | None) -> str:
     return text + "\n"
 
 
-def sharing(main: Callable[[Sequence[str]], None], overrides: Sequence[str]) -> None:
-    """`main`; with `--peers` torch and JAX share the card, so neither may take all of it at once."""
+def run(name: str, overrides: Sequence[str]) -> None:
+    """A command, after a look at what would only be found out in the end, if at all.
+
+    With `--peers` torch and JAX share the card, so neither may take all of it at once.
+    """
+    command = COMMANDS[name]
+    every = dict.fromkeys(flag for other in COMMANDS.values() for flag in other.flags)
+    unread = [f"--{flag}" for flag in every if flags.FLAGS[flag].present and flag not in command.flags]
+    require(not unread, f"`benchmark {name}` does not read {', '.join(unread)}; `benchmark {name} --help` says what it "
+            "does")
+    check_json()
     if flags.FLAGS.peers:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # read when the first device is asked for
-    main(overrides)
+    (command.main or command.module.main)(overrides)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -108,8 +119,7 @@ def main(arguments: Sequence[str]) -> None:
         if not words or words[0] in COMMANDS:
             print(manual(*words or [None]), end="")
             return
-    launch.run_command(
-        {name: partial(sharing, command.main or command.module.main) for name, command in COMMANDS.items()}, DEFAULT)
+    launch.run_command({name: partial(run, name) for name in COMMANDS}, DEFAULT)
 
 
 if __name__ == "__main__":

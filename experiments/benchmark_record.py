@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from dsv3.config import UserError
+
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch", "transformers")
 PRIVATE = ("--json", "--profile", "--scratch", "--update")
 """Flags that say where something was written, which is no part of a measurement."""
@@ -38,8 +40,22 @@ def record(kind: str, figures: dict) -> dict:
             "date": time.strftime("%Y-%m-%d"), "command": command(sys.orig_argv), **figures}
 
 
+def check_json() -> None:
+    """Raise `UserError` for a `--json` that cannot be written, before anything is measured."""
+    if not flags.FLAGS.json:
+        return
+    path = Path(flags.FLAGS.json)
+    new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--json={path} cannot be written: {error.strerror}") from error
+    if new:
+        path.unlink()
+
+
 def write_json(figures) -> None:
     """To `--json`, if that is given."""
     if flags.FLAGS.json:
-        Path(flags.FLAGS.json).parent.mkdir(parents=True, exist_ok=True)
         Path(flags.FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")

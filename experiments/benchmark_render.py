@@ -5,6 +5,7 @@ on the page is written by hand.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ def render_table(data: dict) -> str:
         return f"{row[data['rate']]:.0f}" + ("" if ratio is None else f" (× {ratio:.2f})")
 
     def line(case: dict) -> list[str]:
-        furthest = max(row["distance"] for row in case["rows"].values())
+        distances = [row["distance"] for row in case["rows"].values()]
+        furthest = math.nan if any(map(math.isnan, distances)) else max(distances)
         beside = [row["temporary_bytes"] or 0 for row in case["rows"].values()][:1]
         memory = [f"{size / 2 ** 30:.2f}" for size in beside] if data["table"] == "loss" else []
         return [f"{case['group']}, {case['case']}", f"{case['floor_us']:.1f}", *(cell(case, name) for name in names),
@@ -125,7 +127,9 @@ def rendered_file(path: Path) -> str:
         raise wrong(f"a {type(data).__name__} where an object belongs")
     try:
         return render(path.stem, data)
-    except (KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise wrong(f"{type(error).__name__}: {error}") from error
 
 

@@ -21,7 +21,7 @@ from experiments import launch
 from experiments.benchmark_record import record, write_json
 from experiments.benchmark_step import measure, prepare
 
-REPEATS = flags.DEFINE_integer("repeats", 20, "timed steps; the median is reported")
+REPEATS = flags.DEFINE_integer("repeats", 20, "timed steps; the median is reported", lower_bound=1)
 UPDATE = flags.DEFINE_bool("update", False, "rewrite the committed ratios with this run's")
 RATIOS = Path(__file__).with_name("benchmark_ratios.json")
 SHAPES = ((4, 0), (4, 1), (16, 1))

@@ -33,7 +33,7 @@ TRACED = 2
 def define_flags() -> None:
     """Not on import: the tests of several launchers run in one process, and other launchers have a --config too."""
     flags.DEFINE_string("config", None, "a file with get_config()")
-    flags.DEFINE_integer("steps", 8, "timed steps; the median is reported")
+    flags.DEFINE_integer("steps", 8, "timed steps; the median is reported", lower_bound=1)
     flags.DEFINE_string("profile", None, "write a profiler trace to this directory and print its breakdown by kind")
 
 

@@ -271,8 +271,8 @@ def costs(rows: Sequence[dict]) -> list[dict]:
 def define_flags() -> None:
     """Of all commands that print a table."""
     flags.DEFINE_bool("peers", False, "also run torch's form of the same, where torch is installed")
-    flags.DEFINE_string("only", "", "nothing but cases whose titles have this in them")
-    flags.DEFINE_integer("soak", 20, "runs of each kernel that must give the same bits")
+    flags.DEFINE_string("only", "", "nothing but what has this in its name: a case, or a shape to tune")
+    flags.DEFINE_integer("soak", 20, "runs of each kernel that must give the same bits", lower_bound=1)
 
 
 def run(kind: str, cases: Sequence[Case], rate: str, overrides: Sequence[str]) -> None:
@@ -287,8 +287,10 @@ def run(kind: str, cases: Sequence[Case], rate: str, overrides: Sequence[str]) -
 
 
 def bad(case: Case, row: dict) -> list[str]:
-    """Contestants whose result was wrong or not repeatable, and those of ours that did not run."""
-    wrong = [name for name, r in row["rows"].items() if not (r["within"] and r["repeats"])]
+    """Contestants whose result was wrong, those that did not run though they need no torch, and ours, the first, if it
+    does not repeat: cuDNN's gradients do not, which is no failure of this code."""
+    wrong = [name for name, r in row["rows"].items()
+             if not (r["within"] and (r["repeats"] or name != next(iter(case.contestants))))]
     return wrong + [name for name in row["errors"] if case.contestants[name].library == "jax"]
 
 

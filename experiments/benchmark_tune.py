@@ -21,6 +21,7 @@ from absl import flags
 
 from dsv3.config import UserError, require
 from dsv3.kernels.tuning import TABLE, key
+from dsv3.parallel.ops import is_hopper
 from experiments.benchmark_clock import compiled, copies_needed, device_seconds
 from experiments.benchmark_record import versions
 from experiments.benchmark_table import BOUND, distance, poison
@@ -169,6 +170,8 @@ def define_flags() -> None:
 
 def main(overrides: Sequence[str], tunables: Sequence[Tunable]) -> None:
     require(not overrides, "`benchmark tune` takes no --config fields")
+    device = jax.devices()[0]
+    require(is_hopper(device), f"`benchmark tune` needs a Hopper GPU; the default device is {device.device_kind}")
     known = [tunable.kernel for tunable in tunables]
     chosen = [tunable for tunable in tunables if flags.FLAGS.kernel in (None, tunable.kernel)]
     require(chosen, f"--kernel={flags.FLAGS.kernel}: no such kernel; there are {', '.join(known)}")

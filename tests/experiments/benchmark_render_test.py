@@ -1,6 +1,7 @@
 """docs/benchmarks.md: its tables are what the renderer makes of the committed JSON files, and nothing is left over."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,9 @@ def test_a_table_of_kernels():
     ]
     assert lines[-1] == "| forward: ours over peer | 1 | 1.25 | 1.25 |" and "7 x 8" not in "".join(lines)
     assert "| forward, 1 x 2 | 12.3 | 10000 (50% of the floor) |" in render("x", table(rate="gb_per_s"))
+    unknown = table()
+    unknown["cases"][0]["rows"]["peer"]["distance"] = math.nan  # not hidden behind a number beside it
+    assert "| forward, 1 x 2 | 12.3 | 1000 (50% of the floor) | 800 (× 1.25) | nan |" in render("x", unknown)
     assert "| forward, 1 x 2 | 12.3 | 1000 (50% of the floor) | 800 (× 1.25) | 0.002 | 1.00 |" in render(
         "x", table(table="loss"))
 
@@ -89,6 +93,7 @@ def test_markers_and_files_belong_together(tmp_path):
     (json.dumps([table()]).encode(), "a list where an object belongs"), (b"\xff\xfe", "decode"),
     (json.dumps({name: value for name, value in table().items() if name != "ceilings"}).encode(), "'ceilings'"),
     (json.dumps(table(versions=[])).encode(), "AttributeError"), (json.dumps(table(cases=None)).encode(), "TypeError"),
+    (json.dumps(table()).replace("12.34", '"12.34"').encode(), "ValueError"),
 ])
 def test_a_broken_file_is_named_on_one_line_with_what_to_do(tmp_path, content, reason):
     (tmp_path / "one.json").write_bytes(content)

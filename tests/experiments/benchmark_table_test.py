@@ -23,7 +23,7 @@ from experiments.benchmark_record import command
 from experiments.benchmark_rows import FORMS, SHAPES
 from experiments.benchmark_rows import case as rows_case
 from experiments.benchmark_rows import dispatch_cases
-from experiments.benchmark_table import Case, Contestant, bad, costs, distance, means, measure
+from experiments.benchmark_table import Case, Contestant, bad, costs, distance, means, measure, show
 
 COPY_RATE = 1e10
 
@@ -104,13 +104,18 @@ def test_a_wrong_result_is_named(fault):
     assert bad(case, measure(case, COPY_RATE, False, soak=0)) == ["other"]
 
 
-def test_a_result_that_changes_is_named():
+def test_a_result_that_changes_is_named(capsys):
     state = itertools.count()
     changing = lambda x: x + 1 + jax.pure_callback(
         lambda: np.float32(1e-6 * next(state)), jax.ShapeDtypeStruct((), jnp.float32))
     case = toy(ours=Contestant(changing, good.expected))
     row = measure(case, COPY_RATE, False, soak=2)
     assert row["rows"]["ours"]["within"] and bad(case, row) == ["ours"]
+    beside = toy(ours=good, cuDNN=Contestant(changing, good.expected))  # named in its row, but no failure of ours
+    row = measure(beside, COPY_RATE, False, soak=2)
+    assert bad(beside, row) == [] and not row["rows"]["cuDNN"]["repeats"]
+    show(row, "tflops")
+    assert "NOT REPEATABLE" in capsys.readouterr().out
 
 
 def test_one_that_cannot_run_is_named_and_the_others_go_on():

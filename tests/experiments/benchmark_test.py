@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from dsv3.model.ops import reference_ops
-from experiments import benchmark_shapes, launch
+from experiments import benchmark_record, benchmark_shapes, launch
 from experiments.benchmark_render import PAGE
 from experiments.benchmark_shapes import RATIOS, SHAPES, TOLERANCE, benchmark_config, compare, regressions
 from experiments.benchmark_step import prepare
@@ -120,3 +121,27 @@ def test_with_peers_jax_leaves_memory_to_torch_however_it_is_said(flag, memory):
         benchmark.main(sys.argv[1:])
     """
     assert python("-c", script) == f"{memory} False\n"
+
+
+@pytest.mark.parametrize("arguments, wanted", [
+    (["render", "--json=x.json"], "`benchmark render` does not read --json; `benchmark render --help` says what it"),
+    (["exact", "--profile=x", "--steps=3"], "`benchmark exact` does not read --steps, --profile"),
+    (["slice", "--steps=0"], "flag --steps=0: "), (["gemm", "--soak=0"], "flag --soak=0: "),
+    (["--repeats=0"], "flag --repeats=0: "), (["--json={tmp}"], "--json={tmp} cannot be written: Is a directory"),
+    (["--json=/proc/x/y.json"], "--json=/proc/x/y.json cannot be written: ")], ids=str)
+def test_a_mistake_is_told_before_anything_is_measured(arguments, wanted, tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-m", "experiments.benchmark", *(text.format(tmp=tmp_path) for text in arguments)],
+        capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2 and not process.stdout
+    line, = process.stderr.splitlines()
+    assert line.startswith("error: " + wanted.format(tmp=tmp_path))
+
+
+def test_a_file_that_can_be_written_is_not_there_before_there_is_something_to_write(tmp_path, monkeypatch):
+    path, old = tmp_path / "new" / "figures.json", tmp_path / "old.json"
+    old.write_text("{}")
+    for file in path, old:
+        monkeypatch.setattr(benchmark_record, "flags", SimpleNamespace(FLAGS=SimpleNamespace(json=str(file))))
+        benchmark_record.check_json()
+    assert path.parent.is_dir() and not path.exists() and old.read_text() == "{}"

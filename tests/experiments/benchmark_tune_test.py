@@ -59,6 +59,11 @@ def test_the_fastest_right_candidate_wins_and_is_what_the_kernel_then_asks_for(t
     assert "passes 40, wrong False, refused False (default)" in said
 
 
+def test_a_sweep_needs_the_card_that_it_is_for():
+    with pytest.raises(UserError, match="`benchmark tune` needs a Hopper GPU; the default device is cpu"):
+        benchmark_tune.main([], [])
+
+
 def test_a_kernel_without_a_right_candidate_is_an_error():
     with pytest.raises(UserError, match="no candidate of toy is right at 64x64"):
         swept(toy([Settings(wrong=True)]), (64, 64))
