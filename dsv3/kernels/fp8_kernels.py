@@ -10,8 +10,10 @@ from dsv3.kernels.scaled_dot import Products
 
 
 class Kernels(NamedTuple):
-    """Signatures are those of the reference forms, which `REFERENCE` holds. Quantised operands agree to the bit.
+    """Signatures are those of the reference forms, which `REFERENCE` holds.
 
+    Quantised operands agree to the bit, but for those of a norm or SwiGLU, whose own sums and exponentials round
+    otherwise: some of their codes are neighbours.
     `products(interval, accumulator)` gives the four products of a rule, or refuses what the device cannot do.
     """
 
