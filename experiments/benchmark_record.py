@@ -1,6 +1,7 @@
 """What every measurement is kept with: device, versions, date and command."""
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from dsv3.config import UserError
+from dsv3.config import UserError, require
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch", "transformers")
 PRIVATE = ("--json", "--profile", "--scratch", "--update")
@@ -45,14 +46,12 @@ def check_json() -> None:
     if not flags.FLAGS.json:
         return
     path = Path(flags.FLAGS.json)
-    new = not path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
     except OSError as error:
         raise UserError(f"--json={path} cannot be written: {error.strerror}") from error
-    if new:
-        path.unlink()
+    require(not path.is_dir(), f"--json={path} cannot be written: it is a directory")
+    require(os.access(path if path.exists() else path.parent, os.W_OK), f"--json={path} cannot be written: not allowed")
 
 
 def write_json(figures) -> None:

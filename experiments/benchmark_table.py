@@ -31,7 +31,8 @@ class Contestant(NamedTuple):
 
     `run` and `expected` (a float32 reference) take what `prepare` makes of the case's inputs, which is not timed. The
     result must lie within `bound` of the expected, norm-wise. 0 asks for the same bits, with all NaNs alike: then the
-    reference runs on the host, whose division is IEEE's. torch's `run` gets tensors.
+    reference runs on the host, whose division is IEEE's. torch's `run` gets tensors. `repeats`: whether it must
+    give the same bits again.
     """
 
     run: Callable
@@ -39,6 +40,7 @@ class Contestant(NamedTuple):
     prepare: Callable = lambda *inputs: inputs
     bound: float = BOUND
     library: Literal["jax", "torch"] = "jax"
+    repeats: bool = True
 
 
 class Case(NamedTuple):
@@ -287,10 +289,9 @@ def run(kind: str, cases: Sequence[Case], rate: str, overrides: Sequence[str]) -
 
 
 def bad(case: Case, row: dict) -> list[str]:
-    """Contestants whose result was wrong, those that did not run though they need no torch, and ours, the first, if it
-    does not repeat: cuDNN's gradients do not, which is no failure of this code."""
+    """Contestants whose result was wrong, or not repeatable though it should be, and those of JAX that did not run."""
     wrong = [name for name, r in row["rows"].items()
-             if not (r["within"] and (r["repeats"] or name != next(iter(case.contestants))))]
+             if not r["within"] or (case.contestants[name].repeats and not r["repeats"])]
     return wrong + [name for name in row["errors"] if case.contestants[name].library == "jax"]
 
 

@@ -74,6 +74,8 @@ class Settings(NamedTuple):
     d_kv_turns: bool = False
     kept_gib: int = 12
 
+    MAY_BE_ZERO = ("kept_gib",)
+
 
 class Shared(NamedTuple):
     """Shared memory of both kernels: what a tile keeps (`kept`), and `stages` slots of what is streamed (`slots`).

@@ -56,7 +56,12 @@ def _of_tokens(x: jax.Array, *operands: Operand | None) -> str | None:
 
 
 def _of_waiting(packed: Tiles, kept: Operand, columns: Operand, dtype: jnp.dtype) -> str | None:
-    return _not_bfloat16(jax.ShapeDtypeStruct((), dtype)) or _coarse(kept, columns)
+    k = packed.scales.shape[0] * TILE
+    return _not_bfloat16(jax.ShapeDtypeStruct((), dtype)) or _coarse(kept, columns) or pack_hopper.refusal(k, kept)
+
+
+def _of_packing(x: jax.Array, rows: Operand, kept: Operand) -> str | None:
+    return _of_tokens(x, rows, kept) or pack_hopper.refusal(x.shape[1], kept)
 
 
 def _of_weights(w: jax.Array, operand: Operand) -> str | None:
@@ -66,7 +71,7 @@ def _of_weights(w: jax.Array, operand: Operand) -> str | None:
 
 
 def _of_norm(x: jax.Array, gain: jax.Array, eps: float, *operands: Operand | None) -> str | None:
-    return _of_tokens(x, *operands) or _narrow(x.shape[1], TILE)
+    return _of_tokens(x, *operands) or norm_quantize_hopper.refusal(x.shape[1])
 
 
 def _of_swiglu(gate_up: jax.Array, *operands: Operand | None) -> str | None:
@@ -136,7 +141,7 @@ FAST = {
     "quantize_both": Fast(quantize_hopper.quantize_both, _of_tokens, (1, 2), quantize_hopper.BOTH_FORMS),
     "requantize_columns": Fast(
         quantize_hopper.requantize_columns, lambda tiles, operand: _coarse(operand), (1,), quantize_hopper.REQUANTIZE),
-    "quantize_and_pack": Fast(pack_hopper.quantize_and_pack, _of_tokens, (1, 2), pack_hopper.PACK),
+    "quantize_and_pack": Fast(pack_hopper.quantize_and_pack, _of_packing, (1, 2), pack_hopper.PACK),
     "unpack_both": Fast(pack_hopper.unpack_both, _of_waiting, (1, 2, 3), pack_hopper.UNPACK),
     "quantize_weights": Fast(
         weights_quantize_hopper.quantize_weights, _of_weights, (1,), weights_quantize_hopper.WEIGHTS),

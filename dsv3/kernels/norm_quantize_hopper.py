@@ -29,12 +29,23 @@ from dsv3.kernels.tile_hopper import (
 
 NORM = Streaming(stages=2, blocks=2, split=2)
 """Best on an H100. `split` is the rows of one step, each with a warpgroup of its own: a divisor of 128."""
-WARPS = 4
+WARPS, EIGHT = 4, 8
 
 
 def tiles_held(k: int) -> int:
     """Tiles of a row with those of zeros that make every warp hold as many."""
     return -(-k // (WARPS * TILE)) * WARPS
+
+
+def refusal(k: int) -> str | None:
+    """Why rows of k elements have no kernel here, or None."""
+    if k % TILE:
+        return f"rows of {k} elements: they must be multiples of {TILE}"
+    n_tiles, held = k // TILE, tiles_held(k)
+    if n_tiles < held and held > EIGHT and held % EIGHT == 0:
+        return (f"rows of {n_tiles} tiles of {TILE}: beyond {EIGHT}, the copy engine cannot fill up what is up to "
+                f"three less than a multiple of {EIGHT}")
+    return None
 
 
 def layout_of_row(k: int) -> plgpu.Layout:
@@ -54,11 +65,11 @@ def norm_quantize(
         settings: Streaming = NORM, column_settings: Streaming = ONE_FORM) -> tuple[Tiles, Tiles | None]:
     """`rms_norm`, rounded to the dtype of x as it is there, then quantised; the columns only where asked for.
 
-    Raises `UserError` unless K is a multiple of 128, `eps` is positive and `split` divides 128.
+    Raises `UserError` for what `refusal` names, and unless `eps` is positive and `split` divides 128.
     """
     n_rows, k = x_MK.shape
     require(eps > 0, f"eps {eps}; expected a positive number: rows of padding are zeros")
-    require(k % TILE == 0, f"rows of {k} elements; expected a multiple of {TILE}")
+    require(refusal(k) is None, f"no Hopper kernel for {refusal(k)}")
     require(TILE % settings.split == 0, f"{settings}: `split` must divide {TILE}, to which rows are padded")
     x_MK, gain_K = jnp.pad(x_MK, ((0, -n_rows % TILE), (0, 0))), gain_K.astype(jnp.float32)
     tiles, factor_M = _normed_rows(x_MK, gain_K, eps, rows, settings)

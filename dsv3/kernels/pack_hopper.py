@@ -17,6 +17,7 @@ from dsv3.kernels.quantize_hopper import (
     out_types,
     padded,
     quantize_forms,
+    share,
     square_of,
     staging,
     write_square,
@@ -62,13 +63,21 @@ def planes_of(ref, i, j, k: int, rows: int = TILE) -> list:
     return [ref.at[some, pl.ds(j * TILE, TILE)], ref.at[some, pl.ds(k + j * HALF, HALF)]]
 
 
+def refusal(k: int, kept: Operand) -> str | None:
+    """Why rows of k elements cannot wait in this format here, or None."""
+    if format_of(kept.format).dtype is None and whole(k) // TILE % 2:
+        return (f"rows of {k} elements in {kept.format}: the copy engine wants whole {TILE} bytes, so they must have "
+                f"an even number of tiles of {TILE}")
+    return None
+
+
 def quantize_and_pack(
         x_MK: jax.Array, rows: Operand, kept: Operand, settings: Streaming = PACK) -> tuple[Tiles, Tiles]:
     """`quantize_rows` of a bfloat16 matrix in two formats from one read; `kept`, where it has 12 bits, is packed."""
     if format_of(kept.format).dtype is not None:
         return tuple(quantize_forms(x_MK, [Form(rows, False), Form(kept, False)], settings))
     (m, k), split, form = map(whole, x_MK.shape), settings.split, Form(rows, columns=False)
-    per_part = TILE // split
+    per_part = share(split, SHORT_ROWS)
 
     def work(step, pieces, staged, outputs):
         reuse()
@@ -106,7 +115,7 @@ def unpack_both(
     """
     n_tiles, m = packed.scales.shape
     k, split, twelve = n_tiles * TILE, settings.split, format_of(kept.format).dtype is None
-    per_part, form = TILE // split, Form(columns, columns=True)
+    per_part, form = share(split), Form(columns, columns=True)
 
     def codes(pieces, some):
         """float32 [ROWS, 128], over their scales."""

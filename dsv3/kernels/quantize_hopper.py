@@ -51,14 +51,19 @@ def staging(form: Form) -> list[Piece]:
     return [Piece((TILE, TILE), dtype_of(form.operand)), Piece((TILE,), jnp.float32)]
 
 
+def share(split: int, height: int = ROWS) -> int:
+    """Rows of a square for each of `split` warpgroups, which take `height` at a time."""
+    require(TILE % (split * height) == 0,
+            f"split {split}: so many warpgroups do not share {TILE} rows in pieces of {height}")
+    return TILE // split
+
+
 def write_square(
         part: jax.Array, split: int, row: jax.Array, column: jax.Array, piece: Callable, staged, outputs,
         height: int = ROWS) -> None:
     """One warpgroup's part of the square (row, column) of an output: `piece(rows)` gives `height` rows at a time."""
     reuse()
-    per_part = TILE // split
-    require(TILE % split == 0 and per_part % height == 0,
-            f"split {split}: so many warpgroups do not share {TILE} rows in pieces of {height}")
+    per_part = share(split, height)
     for start in range(0, per_part, height):
         rows = pl.ds(part * per_part + start, height)
         staged[0][rows], staged[1][rows] = piece(rows)
@@ -81,6 +86,7 @@ def square_of(ref, i, j):
 
 def quantize_forms(x_MK: jax.Array, forms: list[Form], settings: Streaming) -> list[Tiles]:
     """Every form of a bfloat16 matrix from one read."""
+    share(settings.split)
     m, k = map(whole, x_MK.shape)
     x_MK = padded(x_MK, 8, TILE // 2)  # what the copy engine counts in; beyond the array it reads zeros
 
@@ -125,7 +131,7 @@ def requantize_columns(tiles_MK: Tiles, operand: Operand, settings: Streaming = 
 
     The matrix loads transpose 16-bit elements only, so codes of 8 bits are widened in shared memory, which is exact.
     """
-    values, scales = tiles_MK
+    per_part, (values, scales) = share(settings.split), tiles_MK
     (m, k), form, wide = values.shape, Form(operand, columns=True), jnp.dtype(values.dtype).itemsize == 2
 
     def work(step, pieces, staged, outputs):
@@ -135,8 +141,8 @@ def requantize_columns(tiles_MK: Tiles, operand: Operand, settings: Streaming = 
         else:
             square = staged[2]
             step.meet()  # all have read the square before
-            for start in range(0, TILE // settings.split, ROWS):
-                rows = pl.ds(step.group * (TILE // settings.split) + start, ROWS)
+            for start in range(0, per_part, ROWS):
+                rows = pl.ds(step.group * per_part + start, ROWS)
                 square[rows] = plgpu.load(codes.at[rows], layout=MATRIX).astype(jnp.float16)
             step.meet()
         square = square.transpose((1, 0))

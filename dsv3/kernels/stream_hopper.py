@@ -24,6 +24,8 @@ SHARED_BYTES = 227 * 1024
 """Of shared memory that a thread block may have."""
 ALIGNMENT, REDUCTIONS = 1024, 2048
 """What Mosaic rounds every array in shared memory up to, and what it adds for reductions."""
+MOST_WARPGROUPS = 8
+"""Of a thread block: 1024 threads."""
 BARRIERS = 32
 """Of one group, in Mosaic."""
 
@@ -40,6 +42,8 @@ class Streaming(NamedTuple):
     split: int
     multiprocessors: int = MULTIPROCESSORS
     behind: int = 0
+
+    MAY_BE_ZERO = ("behind",)
 
 
 class Piece(NamedTuple):
@@ -135,6 +139,8 @@ def stream(
     tall, wide = tiles
     if tall * wide == 0:
         return [jnp.zeros(out.shape, out.dtype) for out in out_type]
+    require(warpgroups <= MOST_WARPGROUPS, f"{settings}: {warpgroups} warpgroups, of which a thread block has no more "
+            f"than {MOST_WARPGROUPS}")
     check(settings, pieces, *staging, *constants)
     stages, behind, n_blocks = settings.stages, settings.behind, blocks_for(tall * wide, settings)
 

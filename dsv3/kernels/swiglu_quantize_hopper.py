@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config.errors import require
 from dsv3.config.quant import Operand
-from dsv3.kernels.quantize_hopper import Form, copy_square, out_types, padded, square_of, staging, write_square
+from dsv3.kernels.quantize_hopper import Form, copy_square, out_types, padded, share, square_of, staging, write_square
 from dsv3.kernels.scaled import Tiles
 from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
 from dsv3.kernels.tile_hopper import (
@@ -50,6 +50,7 @@ def swiglu_quantize(
     """h = silu(gate) * up in tiles along features, [M', F / 2], and gate_up as it waits, [M', F], or itself."""
     wide, x_MF = _halves(gate_up_MF.shape[1]), padded(gate_up_MF)
     m, split = len(x_MF), settings.split
+    share(split)
     form, kept_form = Form(rows, columns=False), Form(kept or rows, columns=False)
 
     def work(step, pieces, staged, outputs):
@@ -97,7 +98,7 @@ def swiglu_backward_quantize(
     (m, f), wide, d_h_MF = codes.shape, _halves(codes.shape[1]), padded(d_h_MF)
     weighted, scaled = weight_M is not None, scales is not None
     row_form, column_form, h_form = Form(rows, False), Form(columns, True), Form(h_columns, True)
-    one_staging = dtype_of(columns) == dtype_of(h_columns)
+    per_part, one_staging = share(split, SHORT_ROWS), dtype_of(columns) == dtype_of(h_columns)
 
     def source(i, j, codes_ref, d_h_ref, *rest):
         tokens = pl.ds(i * TILE, TILE)
@@ -121,7 +122,6 @@ def swiglu_backward_quantize(
         return *(x.astype(d_h_MF.dtype) for x in (d_gate, d_h * silu, h)), change
 
     def work(step, pieces, staged, outputs):
-        per_part = TILE // split
         parts = [pl.ds(step.group * per_part + start, SHORT_ROWS) for start in range(0, per_part, SHORT_ROWS)]
         d_gate_square, square = pieces[2], staged[7]  # the gradient of h makes room for that of gate
 

@@ -61,7 +61,7 @@ def tuned[P: NamedTuple](kind: str, kernel: str, shape: Sequence[int], default: 
 
     What belongs to a shape is the kernel's choice: products round their rows (`rounded_up`), others ignore them.
     Raises `UserError` for an entry with a parameter that the kernel does not have (its sweep is out of date), or has
-    with another type, or for a number below 1 where the default is none.
+    with another type, or for a number below 1 that is none of the kernel's `MAY_BE_ZERO`.
     """
     entries = (read() if table is None else table).get(kind, {}).get(kernel, {})
     if key(shape) not in entries:
@@ -75,6 +75,7 @@ def tuned[P: NamedTuple](kind: str, kernel: str, shape: Sequence[int], default: 
         types = get_args(hints[name]) or (hints[name],)
         require(type(value) in types, f"{entry} has {name} {value!r}; expected "
                 f"{' or '.join(kind.__name__ for kind in types)}: {AGAIN}")
-        least = min(1, getattr(default, name)) if type(value) is int else None
-        require(least is None or value >= least, f"{entry} has {name} {value}; expected at least {least}: {AGAIN}")
+        least = 0 if name in getattr(default, "MAY_BE_ZERO", ()) else 1
+        require(type(value) is not int or value >= least,
+                f"{entry} has {name} {value}; expected at least {least}: {AGAIN}")
     return default._replace(**found)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3.config.errors import require
 from dsv3.config.quant import Operand
-from dsv3.kernels.quantize_hopper import square_of
+from dsv3.kernels.quantize_hopper import share, square_of
 from dsv3.kernels.scaled import Blocks
 from dsv3.kernels.stream_hopper import Piece, Streaming, reuse, stream
 from dsv3.kernels.tile_hopper import (
@@ -41,7 +41,7 @@ def quantize_weights(w: jax.Array, operand: Operand, settings: Streaming = WEIGH
     require(jnp.dtype(dtype).itemsize == 1, f"weights in {operand.format}; expected a format of 8 bits")
     w = jnp.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, -size % TILE) for size in w.shape[-2:]])
     *stack, d, f = w.shape
-    tall, per_part = d // TILE, TILE // split
+    tall, per_part = d // TILE, share(split)
     n_stack = w.size // (d * f)
 
     def work(step, pieces, staged, outputs):

@@ -84,7 +84,8 @@ def test_markers_and_files_belong_together(tmp_path):
     with pytest.raises(UserError, match="nothing on the page is of .*one.json"):
         rendered(page_with(), tmp_path)
     (tmp_path / "one.json").write_text(json.dumps(table(kind="tabel")))
-    with pytest.raises(UserError, match=f"one.json has kind 'tabel'; expected one of {', '.join(RENDERERS)}"):
+    wanted = f"^docs/benchmarks/one.json has kind 'tabel'; expected one of {', '.join(RENDERERS)}"
+    with pytest.raises(UserError, match=wanted):
         rendered(page_with("one"), tmp_path)
 
 

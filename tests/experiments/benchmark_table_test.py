@@ -111,7 +111,9 @@ def test_a_result_that_changes_is_named(capsys):
     case = toy(ours=Contestant(changing, good.expected))
     row = measure(case, COPY_RATE, False, soak=2)
     assert row["rows"]["ours"]["within"] and bad(case, row) == ["ours"]
-    beside = toy(ours=good, cuDNN=Contestant(changing, good.expected))  # named in its row, but no failure of ours
+    beside = toy(ours=good, other=Contestant(changing, good.expected))
+    assert bad(beside, measure(beside, COPY_RATE, False, soak=2)) == ["other"]
+    beside = toy(ours=good, cuDNN=Contestant(changing, good.expected, repeats=False))  # named in its row only
     row = measure(beside, COPY_RATE, False, soak=2)
     assert bad(beside, row) == [] and not row["rows"]["cuDNN"]["repeats"]
     show(row, "tflops")

@@ -127,7 +127,7 @@ def test_with_peers_jax_leaves_memory_to_torch_however_it_is_said(flag, memory):
     (["render", "--json=x.json"], "`benchmark render` does not read --json; `benchmark render --help` says what it"),
     (["exact", "--profile=x", "--steps=3"], "`benchmark exact` does not read --steps, --profile"),
     (["slice", "--steps=0"], "flag --steps=0: "), (["gemm", "--soak=0"], "flag --soak=0: "),
-    (["--repeats=0"], "flag --repeats=0: "), (["--json={tmp}"], "--json={tmp} cannot be written: Is a directory"),
+    (["--repeats=0"], "flag --repeats=0: "), (["--json={tmp}"], "--json={tmp} cannot be written: it is a directory"),
     (["--json=/proc/x/y.json"], "--json=/proc/x/y.json cannot be written: ")], ids=str)
 def test_a_mistake_is_told_before_anything_is_measured(arguments, wanted, tmp_path):
     process = subprocess.run(

@@ -10,6 +10,7 @@ from interpreted import interpreter
 from dsv3.kernels import attention_backward_hopper, attention_hopper, fp8_hopper, scaled_products_hopper
 from dsv3.kernels.attention import causal_attention
 from dsv3.kernels.scaled_warpgroups_hopper import Tuning
+from dsv3.kernels.tuning import key, tuned
 from experiments import benchmark_attention, benchmark_tunables
 from experiments.benchmark_table import distance
 from experiments.benchmark_tunables import PRODUCTS, SHARED_BYTES, TUNABLES, cost, product_candidates, shared_bytes
@@ -172,3 +173,12 @@ def test_other_widths_than_the_defaults_multiply(width):
     with interpreter():
         actual = jax.block_until_ready(benchmark_tunables.dense_dot(shape, Tuning(width, 3, None, 8))(a, b))
     assert distance(actual, BY_NAME["scaled_dot"].expected(shape, a, b)) < 0.004
+
+
+@pytest.mark.parametrize("tunable", TUNABLES, ids=lambda tunable: tunable.kernel)
+def test_what_is_swept_may_be_in_the_table(tunable):
+    shape = tunable.shapes[0]
+    default, *_ = candidates = tunable.candidates(shape)
+    for how in candidates:
+        table = {"H100": {tunable.kernel: {key(shape): {"parameters": how._asdict()}}}}
+        assert tuned("H100", tunable.kernel, shape, default, table) == how

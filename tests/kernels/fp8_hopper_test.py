@@ -184,6 +184,26 @@ def test_twelve_bits_around_swiglu(formats, fits):
         [] if fits else ["swiglu_backward_quantize of 256x512"])
 
 
+@pytest.mark.parametrize("k", [128, 384, 500, 512])
+def test_twelve_bits_of_any_width_are_a_program_for_a_gpu(k):
+    """A packed row of an odd number of tiles is no multiple of 128 bytes, which the copy engine wants: refused."""
+    rule, reasons = resolve("fp8").rule_of("attn.o"), []
+    kernels = hopper_kernels(KIND, ATTENTION, reasons.append)
+
+    def run(x):
+        rows, packed = kernels.quantize_and_pack(x, rule.fprop_x, rule.kept)
+        return rows, kernels.unpack_both(packed, rule.kept, rule.wgrad_x, jnp.bfloat16)
+
+    traced = jax.jit(run).trace(jax.ShapeDtypeStruct((200, k), jnp.bfloat16))
+    kept = 2 if k >= 500 else 0
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == kept
+    assert len(reasons) == 2 - kept and all("even number of tiles" in reason for reason in reasons)
+
+
+def test_the_entry_of_rows_is_their_width():
+    assert FAST["norm"].entry(jnp.zeros((2, 3, 256)), jnp.zeros(256), 1e-6) == (256,)
+
+
 def test_refusals_of_products():
     rule, reasons = resolve("fp8").default, []
     kernels = hopper_kernels(KIND, ATTENTION, reasons.append)

@@ -8,7 +8,7 @@ from hopper_kernels import E4M3, OPERANDS, assert_close, interpreted, reference,
 
 from dsv3.config import UserError
 from dsv3.kernels.norm import rms_norm
-from dsv3.kernels.norm_quantize_hopper import norm_quantize
+from dsv3.kernels.norm_quantize_hopper import norm_quantize, refusal
 from dsv3.kernels.stream_hopper import Streaming
 
 EPS = 1e-6
@@ -49,8 +49,19 @@ def test_a_nan_spoils_its_own_row_only():
     np.testing.assert_array_equal(np.isnan(np.asarray(rows.values, np.float32)).all(axis=1), np.arange(128) == 7)
 
 
+@pytest.mark.parametrize("n_tiles", [1, 5, 7, 9, 12, 13, 14, 15, 16, 17, 20, 21, 56])
+def test_every_width_is_refused_or_a_program_for_a_gpu(n_tiles):
+    """The interpreter copies what the copy engine does not."""
+    shape, k = jax.ShapeDtypeStruct, 128 * n_tiles
+    shapes = shape((128, k), jnp.bfloat16), shape((k,), jnp.float32)
+    assert (refusal(k) is not None) == (n_tiles in (13, 14, 15, 21))
+    if refusal(k) is None:
+        norm = jax.jit(lambda x, gain: norm_quantize(x, gain, EPS, E4M3, E4M3)).trace(*shapes)
+        assert norm.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 2
+
+
 @pytest.mark.parametrize("width, eps, split, wanted", [
-    (576, EPS, 2, "rows of 576 elements; expected a multiple of 128"), (512, EPS, 3, "`split` must divide 128"),
+    (576, EPS, 2, "rows of 576 elements: they must be multiples of 128"), (512, EPS, 3, "`split` must divide 128"),
     (512, 0.0, 2, "eps 0.0; expected a positive number")])
 def test_what_cannot_be_right_is_refused(width, eps, split, wanted):
     with pytest.raises(UserError, match=wanted):

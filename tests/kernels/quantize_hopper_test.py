@@ -3,6 +3,7 @@
 Few thread blocks take many tiles, so that every slot of shared memory is used again; the interpreter looks for races.
 """
 
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.config import UserError
+from dsv3.kernels.fp8_hopper import FAST
+from dsv3.kernels.fp8_kernels import REFERENCE
 from dsv3.kernels.quantize_hopper import quantize_both, quantize_columns, quantize_rows, requantize_columns
 from dsv3.kernels.scaled import Tiles
 from dsv3.kernels.stream_hopper import Streaming
@@ -68,6 +71,23 @@ def test_streaming_that_would_wait_for_ever_is_refused():
 def test_settings_that_cannot_be_are_refused(settings, wanted):
     with pytest.raises(UserError, match=wanted):
         quantize_rows(jnp.ones((128, 128), jnp.bfloat16), E4M3, settings)
+
+
+@pytest.mark.parametrize("split", [3, 8, 16, 64])
+@pytest.mark.parametrize("name", [
+    "quantize_both", "requantize_columns", "quantize_and_pack", "unpack_both", "quantize_weights", "swiglu_quantize",
+    "swiglu_backward_quantize"])
+def test_warpgroups_that_cannot_share_a_square_are_refused(name, split):
+    """With more of them than pieces, some would write the rows of others."""
+    x, settings, kept = jnp.ones((128, 256), jnp.bfloat16), Streaming(1, 1, split), OPERANDS[5]
+    both, packed = REFERENCE.quantize_and_pack(x, E4M3, kept)
+    arguments = {
+        "quantize_both": (x, E4M3, E4M3), "requantize_columns": (both, E4M3), "quantize_and_pack": (x, E4M3, kept),
+        "unpack_both": (packed, kept, E4M3, jnp.bfloat16),
+        "quantize_weights": (x.astype(jnp.float32), dataclasses.replace(E4M3, tile="block")),
+        "swiglu_quantize": (x, E4M3, E4M3), "swiglu_backward_quantize": (x, x[:, :128], None, E4M3, E4M3, E4M3)}
+    with pytest.raises(UserError, match=f"split {split}: so many warpgroups do not share 128 rows"):
+        FAST[name].function(*arguments[name], settings)
 
 
 def test_the_reference_here_is_that_of_the_library():

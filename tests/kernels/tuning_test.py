@@ -52,7 +52,7 @@ def test_a_parameter_of_another_type_is_named(value):
 
 
 @pytest.mark.parametrize("name, value, least", [
-    ("stages", 0, 1), ("blocks", -1, 1), ("behind", -1, 0), ("behind", 0, 0)])
+    ("stages", 0, 1), ("blocks", -1, 1), ("behind", -1, 0), ("behind", 0, 0), ("behind", 1, 0)])
 def test_a_number_of_nothing_is_named(name, value, least):
     table, default = {"H100": {"rows": {"128x128": {"parameters": {name: value}}}}}, Streaming(2, 1, 1)
     if value >= least:
