@@ -90,11 +90,13 @@ def render_slice(data: dict) -> str:
 def render_step(data: dict) -> str:
     """One training step, and where its time goes."""
     kinds = data.get("breakdown_seconds", {})
-    return (
+    text = (
         f"{1e3 * data['step_seconds']:.1f} ms ({1e3 * data['fastest_seconds']:.1f} to "
         f"{1e3 * data['slowest_seconds']:.1f}), {data['tokens_per_second']:,.0f} tokens/s, MFU {data['mfu']:.1%}, peak "
-        f"{data['peak_gib']:.1f} GiB, compiled in {data['compile_seconds']:.1f} s.\n\n"
-        + markdown(["kind", "ms"], [[kind, f"{1e3 * seconds:.1f}"] for kind, seconds in kinds.items()]))
+        f"{data['peak_gib']:.1f} GiB, compiled in {data['compile_seconds']:.1f} s.\n")
+    if kinds:  # with --profile
+        text += "\n" + markdown(["kind", "ms"], [[kind, f"{1e3 * seconds:.1f}"] for kind, seconds in kinds.items()])
+    return text
 
 
 def render_shapes(data: dict) -> str:

@@ -112,3 +112,12 @@ def test_the_cost_of_skew_is_a_table_of_its_own():
         "| --- | ---: | ---: | ---: | ---: |",
         "| forward, skewed: ours, over forward, even | 3 | 1.03 | 1.10 | 1.00 |"]
     assert "rows with padding" not in render("x", table(costs=[])) + render("x", table())
+
+
+def test_a_step_with_and_without_a_profile():
+    data = {**HEAD, "kind": "step", "step_seconds": 0.2, "fastest_seconds": 0.1, "slowest_seconds": 0.3,
+            "tokens_per_second": 1000.0, "mfu": 0.5, "peak_gib": 3.0, "compile_seconds": 4.0}
+    assert render("x", data).endswith("200.0 ms (100.0 to 300.0), 1,000 tokens/s, MFU 50.0%, peak 3.0 GiB, compiled "
+                                      "in 4.0 s.\n")
+    assert render("x", data | {"breakdown_seconds": {"idle": 0.05}}).endswith(
+        "in 4.0 s.\n\n| kind | ms |\n| --- | ---: |\n| idle | 50.0 |\n")
